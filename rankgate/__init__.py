@@ -1,0 +1,61 @@
+"""Rankgate: linear layers as an always-on low-rank subspace plus a gated residual, measured honestly.
+
+    from rankgate import GSIConfig, calibrate, convert_, evaluate
+
+The names below are imported when they are first used, so that `rankgate --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankgate.calibrate import Stats, calibrate
+    from rankgate.convert import LayerReport, convert_, twin
+    from rankgate.core import GatedLinear, Subspace
+    from rankgate.errors import RankgateError
+    from rankgate.evaluate import Evaluation, compare_text, evaluate
+    from rankgate.methods import ASVDConfig, GSIConfig, SVDConfig
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Stats": "calibrate",
+    "calibrate": "calibrate",
+    "LayerReport": "convert",
+    "convert_": "convert",
+    "twin": "convert",
+    "GatedLinear": "core",
+    "Subspace": "core",
+    "RankgateError": "errors",
+    "Evaluation": "evaluate",
+    "compare_text": "evaluate",
+    "evaluate": "evaluate",
+    "ASVDConfig": "methods",
+    "GSIConfig": "methods",
+    "SVDConfig": "methods",
+}
+
+__all__ = [
+    "ASVDConfig",
+    "Evaluation",
+    "GSIConfig",
+    "GatedLinear",
+    "LayerReport",
+    "RankgateError",
+    "SVDConfig",
+    "Stats",
+    "Subspace",
+    "calibrate",
+    "compare_text",
+    "convert_",
+    "evaluate",
+    "twin",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rankgate' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rankgate.{_HOME[name]}"), name)

@@ -1,0 +1,158 @@
+"""Converted models on disk: a directory that `load` opens without calibrating or factorising anything again.
+
+    config.json, generation_config.json, tokenizer files    as transformers writes them
+    rankgate.safetensors                                    every tensor of the converted model
+    rankgate.json                                           method, layer reports, module shapes, provenance
+
+No file is called model.safetensors, so transformers on its own refuses the directory instead of loading it wrongly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rankgate.convert import Converted, LayerReport, converted_layers
+from rankgate.core import GatedLinear, Subspace
+from rankgate.errors import RankgateError
+from rankgate.methods import METHODS, Method
+from rankgate.methods.context import ContextBasis, ContextLinear
+
+FORMAT = "rankgate-model-1"
+MANIFEST = "rankgate.json"
+TENSORS = "rankgate.safetensors"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a converted model comes from: the dense model, and the calibration text (hashes: `texts.run_hashes`)."""
+
+    source: str
+    fingerprint: str
+    calibration_text: str | None
+    calibration_tokens: int
+    hashes: Tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A converted model opened from disk."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    method: Method
+    layers: list[LayerReport]
+    provenance: Provenance
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def save(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    layers: list[LayerReport],
+    provenance: Provenance,
+) -> None:
+    """Write a converted model into `directory`, which is made. Wrap it in `files.atomic_path` to get all or nothing."""
+    directory.mkdir()
+    model.config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    save_model(model, str(directory / TENSORS))
+    manifest = {
+        "format": FORMAT,
+        "method": {"name": method.name, **dataclasses.asdict(method)},
+        "provenance": {**dataclasses.asdict(provenance), "hashes": provenance.hashes.tolist()},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "modules": _describe(model),
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def load(directory: str | Path) -> Checkpoint:
+    """Open what `save` wrote; the tensors are bit for bit those that were saved.
+
+    Raises RankgateError if a file is missing, damaged or of another format.
+    """
+    directory = Path(directory)
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise RankgateError(f"{directory} has format {manifest['format']!r}, this version reads {FORMAT!r}")
+        settings = dict(manifest["method"])
+        method = METHODS[settings.pop("name")](**settings)
+        dtype = getattr(torch, manifest["dtype"])
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
+        _rebuild(model, manifest["modules"], dtype)
+        load_model(model, str(directory / TENSORS))
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        origin = manifest["provenance"]
+        provenance = Provenance(**{**origin, "hashes": torch.tensor(origin["hashes"], dtype=torch.int64)})
+        layers = [LayerReport(**layer) for layer in manifest["layers"]]
+    except RankgateError:
+        raise
+    except Exception as error:  # a damaged file can fail in any layer below
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RankgateError(f"{directory} is damaged, convert it again: {reason}") from error
+    method.attach(model)
+    return Checkpoint(model.eval(), tokenizer, method, layers, provenance)
+
+
+def _describe(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """What `_rebuild` needs of each converted layer; layers with the same `shared` number have one subspace."""
+    numbers: dict[torch.nn.Module, int] = {}
+    return [
+        {
+            "name": name,
+            "kind": type(layer).__name__,
+            "shared": numbers.setdefault(layer.subspace, len(numbers)),
+            "m": layer.out_features,
+            "n": layer.in_features,
+            "rank": layer.subspace.rank,
+            "eps": layer.subspace.eps,
+            "bias": layer.bias is not None,
+        }
+        for name, layer in converted_layers(model)
+    ]
+
+
+def _rebuild(model: PreTrainedModel, modules: list[dict[str, Any]], dtype: torch.dtype) -> None:
+    """Put empty converted layers where `_describe` saw them."""
+    subspaces: dict[int, Subspace | ContextBasis] = {}
+    for spec in modules:
+        m, n, rank, eps = spec["m"], spec["n"], spec["rank"], spec["eps"]
+        bias = torch.empty(m, dtype=dtype) if spec["bias"] else None
+        W = torch.empty(m, n, dtype=dtype) if eps is not None else None
+        layer: Converted
+        if spec["kind"] == ContextLinear.__name__:
+            basis = subspaces.setdefault(spec["shared"], ContextBasis(n, rank, eps))
+            assert isinstance(basis, ContextBasis) and W is not None
+            layer = ContextLinear(basis, W, bias)
+        else:
+            subspace = subspaces.setdefault(spec["shared"], Subspace(torch.empty(rank, n, dtype=dtype), eps))
+            assert isinstance(subspace, Subspace)
+            layer = GatedLinear(subspace, torch.empty(m, rank, dtype=dtype), W, bias)
+        model.set_submodule(spec["name"], layer)

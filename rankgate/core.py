@@ -1,0 +1,143 @@
+"""The idea, in plain torch: a linear layer as an always-on subspace plus a gated residual.
+
+    y = A (B x)  +  gate(x) · R(x)  + bias          x: n   B: k × n   A: m × k   y: m
+
+`B x` is the input seen from a k-dimensional subspace; `A` carries it to the outputs. What the subspace misses is the
+residual R, and a gate decides token by token whether it is worth reading the weights that R needs. Reading k (m + n)
+weights instead of m n is where the speed comes from; every token whose gate opens pays for the residual on top.
+
+    gated (`gsi`):   B = Vᵀ with orthonormal rows and A = W V, the cached *weight image*. The residual is
+                     W (x − V z), so a token with an open gate gets exactly W x. The gate opens when
+                     ‖x − V z‖ > ε ‖x‖.
+    ungated (`svd`, `asvd`):  A B approximates W and there is no residual.
+
+This module is the oracle that faster kernels are tested against. It computes both branches with dense products and
+branches on the host; it does not try to be fast, to fuse, or to avoid the device synchronisation of `fire.any()`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+T = TypeVar("T")
+
+
+class Projection(NamedTuple):
+    """A batch of tokens seen from a subspace."""
+
+    z: Tensor  # (..., k)  B x
+    ratio: Tensor | None  # (...)  ‖x − Bᵀ z‖ / ‖x‖, None without a gate
+    fire: Tensor | None  # (...)  bool, ratio > ε: this token needs the residual
+
+
+class InputGroup(nn.Module, Generic[T]):
+    """What the linears that read the same tensor (q/k/v, gate/up) share: the work is done once per input tensor.
+
+    Subclasses define `forward(x)`; members call `shared(x)`, which returns the previous answer as long as it is asked
+    about the very same tensor object. Forward hooks therefore see every input once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memo: tuple[weakref.ref[Tensor], int, T] | None = None
+
+    def shared(self, x: Tensor) -> T:
+        version = 0 if x.is_inference() else x._version
+        if self._memo is None or self._memo[0]() is not x or self._memo[1] != version:
+            answer: T = self(x)
+            self._memo = (weakref.ref(x), version, answer)
+        return self._memo[2]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_memo": None}
+
+
+class Subspace(InputGroup[Projection]):
+    """`B` (k × n) and the tolerance ε of its gate; `eps=None` means that there is no gate.
+
+    A gated subspace needs orthonormal rows. The gate's statistic is computed in float32 (or better) whatever the
+    dtype of the model, because it is a difference of nearly equal vectors.
+    """
+
+    def __init__(self, B: Tensor, eps: float | None = None) -> None:
+        super().__init__()
+        self.B = frozen(B)
+        self.eps = eps
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[0]
+
+    def forward(self, x: Tensor) -> Projection:
+        if self.eps is None:
+            return Projection(F.linear(x, self.B), None, None)
+        wide = widen(x)
+        B = self.B.to(wide.dtype)
+        z = F.linear(wide, B)  # (..., k)
+        residual = wide - F.linear(z, B.T)  # (..., n)
+        ratio = norm_ratio(residual, wide)
+        return Projection(z.to(x.dtype), ratio, ratio > self.eps)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, in_features={self.B.shape[1]}, eps={self.eps}"
+
+
+class GatedLinear(nn.Module):
+    """y = A (B x) + bias, or exactly W x + bias for the tokens whose gate opens.
+
+    Args:
+        subspace: holds B; shared by the members of an input group.
+        A: (m, k).
+        W: (m, n), read only by tokens whose gate opens; None exactly when the subspace has no gate.
+        bias: (m,) or None.
+    """
+
+    def __init__(self, subspace: Subspace, A: Tensor, W: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__()
+        if (W is None) != (subspace.eps is None):
+            raise ValueError("a gate needs a residual weight W, and W needs a gate")
+        self.subspace = subspace
+        self.A = frozen(A)
+        self.W = None if W is None else frozen(W)
+        self.bias = None if bias is None else frozen(bias)
+
+    @property
+    def in_features(self) -> int:
+        return self.subspace.B.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, _, fire = self.subspace.shared(x)
+        y = F.linear(z, self.A, self.bias)  # (..., m)
+        if fire is not None and fire.any():
+            assert self.W is not None
+            y[fire] = F.linear(x[fire], self.W, self.bias)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter without gradient on the same storage as `tensor`."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def widen(x: Tensor) -> Tensor:
+    """X in float32, or unchanged if it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def norm_ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """‖part‖ / ‖whole‖ along the last dimension; 0 where both vanish."""
+    tiny = torch.finfo(whole.dtype).tiny
+    whole_norm: Tensor = torch.linalg.vector_norm(whole, dim=-1)
+    return torch.linalg.vector_norm(part, dim=-1) / whole_norm.clamp_min(tiny)

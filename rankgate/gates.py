@@ -1,0 +1,67 @@
+"""Watching the gates of a converted model while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rankgate.core import InputGroup, Projection
+from rankgate.methods.context import ContextProjection
+
+
+@dataclass
+class GateLog:
+    """What one input group's gate did, token by token in the order of reading (1-D tensors on the CPU)."""
+
+    members: list[str] = field(default_factory=list)
+    _fire: list[Tensor] = field(default_factory=list)
+    _ratio: list[Tensor] = field(default_factory=list)
+    _columns: list[Tensor] = field(default_factory=list)
+
+    @property
+    def fire(self) -> Tensor:
+        return torch.cat(self._fire)
+
+    @property
+    def ratio(self) -> Tensor:
+        """‖x − V z‖ / ‖x‖."""
+        return torch.cat(self._ratio)
+
+    @property
+    def rate(self) -> float:
+        """Share of tokens that fired."""
+        return self.fire.float().mean().item()
+
+    @property
+    def columns(self) -> float | None:
+        """Mean number of filled directions of a context basis, None for a fixed one."""
+        return torch.cat(self._columns).float().mean().item() if self._columns else None
+
+    def add(self, seen: Projection | ContextProjection) -> None:
+        assert seen.fire is not None and seen.ratio is not None
+        self._fire.append(seen.fire.flatten().cpu())
+        self._ratio.append(seen.ratio.flatten().cpu())
+        if isinstance(seen, ContextProjection):
+            self._columns.append(seen.columns.flatten().cpu())
+
+
+@contextmanager
+def record_gates(model: nn.Module) -> Iterator[dict[nn.Module, GateLog]]:
+    """While open, log every gated subspace of `model`; the dictionary is keyed by the subspace module."""
+    logs: dict[nn.Module, GateLog] = {}
+    for name, module in model.named_modules():
+        subspace = getattr(module, "subspace", None)
+        if isinstance(subspace, InputGroup) and getattr(subspace, "eps", None) is not None:
+            logs.setdefault(subspace, GateLog()).members.append(name)
+    handles = [
+        subspace.register_forward_hook(lambda _, args, seen, log=log: log.add(seen)) for subspace, log in logs.items()
+    ]
+    try:
+        yield logs
+    finally:
+        for handle in handles:
+            handle.remove()

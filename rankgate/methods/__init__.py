@@ -1,0 +1,9 @@
+"""The methods by name: `METHODS["gsi"](rank=256, eps=0.05)`."""
+
+from rankgate.methods.base import Method
+from rankgate.methods.gsi import GSIConfig
+from rankgate.methods.svd import ASVDConfig, SVDConfig
+
+METHODS: dict[str, type[Method]] = {config.name: config for config in (GSIConfig, SVDConfig, ASVDConfig)}
+
+__all__ = ["METHODS", "ASVDConfig", "GSIConfig", "Method", "SVDConfig"]

@@ -1,0 +1,73 @@
+"""What every method is: a frozen dataclass of settings with one verb, `rewrite`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rankgate.calibrate import GroupStats
+from rankgate.errors import RankgateError
+from rankgate.groups import Linear
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What became of one linear: its new module, or the reason why it stays dense.
+
+    `kept` is the share of energy that the rank keeps; of what, the method says (None where it is not known in advance).
+    """
+
+    module: nn.Module | None
+    rank: int
+    kept: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Settings of one method; subclasses add fields and validate them when they are made.
+
+    allow_larger: also convert a layer whose factors hold as many weights as the dense layer, or more.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def needs_stats(self) -> bool:
+        """Whether `rewrite` needs calibration statistics."""
+
+    @abstractmethod
+    def rewrite(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
+        """Rewrite the linears of one input group, in order."""
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Install what the method needs on the converted model as a whole. Called after conversion and loading."""
+
+
+def check_rank(rank: int | float) -> None:
+    """Raises RankgateError unless `rank` is a positive integer or a fraction in (0, 1]."""
+    if rank <= 0 or (isinstance(rank, float) and rank > 1):
+        raise RankgateError(f"rank {rank} is out of range; give a whole number ≥ 1 or a fraction in (0, 1]")
+
+
+def rank_for(rank: int | float, full: int, layer: Linear) -> int:
+    """The rank to use for `layer`: an integer as it is, a fraction of `full`, never above `full`.
+
+    Raises RankgateError if an integer exceeds the number of inputs n.
+    """
+    if isinstance(rank, float):
+        return max(1, round(rank * full))
+    if rank > layer.n:
+        raise RankgateError(f"rank {rank} exceeds the {layer.n} inputs of {layer.name}; lower it or use a fraction")
+    return min(rank, full)
+
+
+def too_large(rank: int, n: int, outputs: int) -> str:
+    """Why a subspace of `rank` for `outputs` outputs in all is no gain over dense, or '' if it is one."""
+    ratio = rank * (n + outputs) / (n * outputs)
+    return f"rank {rank} reads {ratio:.2f} x dense" if ratio >= 1 else ""

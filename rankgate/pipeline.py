@@ -1,0 +1,192 @@
+"""The steps that the command line, the demo and the benchmarks share: open, calibrate, convert, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankgate import checkpoint, sources, texts
+from rankgate.calibrate import Stats, calibrate, fingerprint
+from rankgate.checkpoint import Provenance
+from rankgate.convert import LayerReport, convert_, twin
+from rankgate.errors import RankgateError
+from rankgate.evaluate import Evaluation, TextComparison, compare_text, evaluate
+from rankgate.methods import Method
+
+PROMPT_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A dense model ready for work. `name` is how a checkpoint refers back to it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def windows(self, text: str, tokens: int, context: int) -> Tensor:
+        """Token windows of a text source (see `texts`), after checking that the model can read that far."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and context > limit:
+            raise RankgateError(f"a context of {context} is longer than the {limit} positions of {self.name}")
+        try:
+            return texts.token_windows(self.tokenizer, texts.load_text(text), tokens, context)
+        except RankgateError as error:
+            raise RankgateError(f"{text}: {error}" if text not in str(error) else str(error)) from error
+
+
+def open_dense(name: str) -> Opened:
+    """Resolve and load a dense model. Raises RankgateError if there is none, or if it is a converted one."""
+    source = sources.resolve(name)
+    if checkpoint.is_checkpoint(source.path):
+        raise RankgateError(f"{name} is converted already; give the dense model")
+    return Opened(source.name, *sources.load(source))
+
+
+def statistics(
+    opened: Opened, text: str, tokens: int, context: int, file: str | None = None, *, progress: bool = False
+) -> Stats:
+    """Calibration statistics: read from `file` if it exists, otherwise measured on `text` and saved there."""
+    if file is not None and Path(file).exists():
+        stats = Stats.load(file)
+        stats.check(opened.model)
+        return stats
+    stats = calibrate(opened.model, opened.windows(text, tokens, context), progress=progress)
+    if file is not None:
+        stats.save(file)
+    return stats
+
+
+def provenance(opened: Opened, stats: Stats | None, text: str) -> Provenance:
+    """What a checkpoint records of `stats` (None: the method was not calibrated) and the dense model."""
+    return Provenance(
+        source=opened.name,
+        fingerprint=fingerprint(opened.model),
+        calibration_text=text if stats else None,
+        calibration_tokens=stats.tokens if stats else 0,
+        hashes=stats.hashes if stats else torch.empty(0, dtype=torch.int64),
+    )
+
+
+def check_text(windows: Tensor, hashes: Tensor, *, allow: bool) -> bool:
+    """Whether `windows` share text with the calibration. Raises RankgateError if they do and may not."""
+    shared = texts.overlap(windows, hashes)
+    if shared and not allow:
+        raise RankgateError("the evaluation text overlaps the calibration text; use other text, or --in-sample")
+    return shared
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How the model of a row came about, and whether the row's text was calibrated on."""
+
+    method: Method
+    layers: list[LayerReport]
+    calibration_tokens: int
+    in_sample: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of a table: a conversion (None: the dense model itself) on a text."""
+
+    conversion: Conversion | None
+    evaluation: Evaluation
+    text: TextComparison | None
+
+    def record(self) -> dict[str, Any]:
+        """The row as plain JSON values."""
+        done, e, reads = self.conversion, self.evaluation, self.evaluation.reads
+        return {
+            "method": {"name": done.method.name, **dataclasses.asdict(done.method)} if done else {"name": "dense"},
+            "in_sample": done is not None and done.in_sample,
+            "calibration_tokens": done.calibration_tokens if done else 0,
+            "layers": len(done.layers) if done else 0,
+            "layers_converted": sum(not layer.reason for layer in done.layers) if done else 0,
+            "tokens": e.tokens,
+            "scored": e.scored,
+            "context": e.context,
+            "ppl_dense": e.ppl_dense,
+            "ppl": e.ppl,
+            "ppl_ratio": e.ppl_ratio,
+            "top1": e.top1,
+            "kl_mean": e.kl_mean,
+            "kl_max": e.kl_max,
+            "fire_rate": e.fire_rate,
+            "read_speedup": reads.speedup,
+            "model_read_speedup": reads.model_speedup,
+            "bits_per_weight": reads.bits_per_weight,
+            "bytes_per_token": reads.converted + reads.other,
+            "identical_text": self.text.identical if self.text else None,
+            "first_difference": self.text.first_difference if self.text else None,
+            "fire_rates": e.fire_rates,
+        }
+
+
+def measure(
+    opened: Opened,
+    method: Method,
+    stats: Stats | None,
+    windows: Tensor,
+    *,
+    prompts: int = 8,
+    in_sample: bool = False,
+    progress: bool = False,
+) -> tuple[Result, PreTrainedModel]:
+    """Convert a twin of the dense model with `method` and compare the two on `windows`."""
+    origin = provenance(opened, stats if method.needs_stats else None, "")
+    model = twin(opened.model)
+    overlaps = check_text(windows, origin.hashes, allow=in_sample)
+    layers = convert_(model, method, stats, progress=progress)
+    done = Conversion(method, layers, origin.calibration_tokens, overlaps)
+    return compare(opened, model, done, windows, prompts=prompts, progress=progress), model
+
+
+def measure_checkpoint(
+    directory: str,
+    text: str | None,
+    tokens: int,
+    context: int,
+    *,
+    dense: str | None = None,
+    prompts: int = 8,
+    in_sample: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Compare a converted model on disk with `dense`, by default the model that it was converted from.
+
+    `text` defaults to the held-out part of Python's reference, in-sample to what the model was calibrated on.
+    Raises RankgateError if the dense model is not the one that was converted.
+    """
+    converted = checkpoint.load(directory)
+    origin = converted.provenance
+    opened = open_dense(dense or origin.source)
+    if fingerprint(opened.model) != origin.fingerprint:
+        raise RankgateError(f"{opened.name} is not the model that {directory} was converted from; pass --dense MODEL")
+    text = text or (origin.calibration_text if in_sample else None) or texts.HELD_OUT
+    windows = opened.windows(text, tokens, context)
+    overlaps = check_text(windows, origin.hashes, allow=in_sample)
+    done = Conversion(converted.method, converted.layers, origin.calibration_tokens, overlaps)
+    return compare(opened, converted.model, done, windows, prompts=prompts, progress=progress)
+
+
+def compare(
+    opened: Opened,
+    model: PreTrainedModel,
+    conversion: Conversion | None,
+    windows: Tensor,
+    *,
+    prompts: int = 8,
+    progress: bool = False,
+) -> Result:
+    """Evaluate `model` against the dense one, and continue the beginnings of the first `prompts` windows with both."""
+    evaluation = evaluate(opened.model, model, windows, progress=progress)
+    beginnings = windows[:prompts, :PROMPT_TOKENS]
+    text = compare_text(opened.model, model, opened.tokenizer, beginnings) if prompts else None
+    return Result(conversion, evaluation, text)

@@ -1,0 +1,65 @@
+"""Results as rows of text, once, for the terminal, the HTML report and the generated documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+HEADERS = (
+    "method",
+    "text",
+    "ppl ratio",
+    "top-1",
+    "KL mean",
+    "same text",
+    "fire rate",
+    "reads / dense",
+    "bits / weight",
+    "layers",
+)
+
+
+def describe(method: Mapping[str, Any]) -> str:
+    """'gsi k=n/4 eps=0.05' from the recorded settings of a method."""
+    words = [method["name"]]
+    rank = method.get("rank")
+    if rank is not None:
+        full = "n" if method["name"] == "gsi" else "min(m,n)"
+        words.append(f"k={rank:g}{full}" if isinstance(rank, float) else f"k={rank}")
+    if method.get("energy") is not None:
+        words.append(f"energy={method['energy']:g}")
+    if method.get("eps") is not None:
+        words.append(f"eps={method['eps']:g}")
+    if method.get("basis") == "context":
+        words.append("context basis")
+    if method.get("allow_larger"):
+        words.append("all layers")
+    return " ".join(words)
+
+
+def row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """One result (`pipeline.Result.record`) under HEADERS."""
+    calibrated = record["calibration_tokens"] > 0
+    return (
+        describe(record["method"]),
+        "in-sample" if record["in_sample"] else "held-out" if calibrated else "uncalibrated",
+        number(record["ppl_ratio"], 4),
+        number(record["top1"], 4),
+        number(record["kl_mean"], 4),
+        "-" if record["identical_text"] is None else f"{record['identical_text']:.0%}",
+        "-" if record["fire_rate"] is None else f"{record['fire_rate']:.1%}",
+        f"{1 / record['read_speedup']:.3f}",
+        f"{record['bits_per_weight']:.2f}",
+        f"{record['layers_converted']} of {record['layers']}",
+    )
+
+
+def number(value: float, digits: int) -> str:
+    """Fixed point, or scientific where that would only print digits."""
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.2g}"
+
+
+def markdown(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, first column left, the rest right."""
+    rule = [":--", *["--:"] * (len(headers) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headers, rule, *rows])

@@ -1,0 +1,42 @@
+"""What a person sees: one voice, tables that fit the place they are printed to."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+
+def quiet_libraries() -> None:
+    """Only errors from the libraries below; their warnings and progress bars are not about the user's input."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def say(text: str) -> None:
+    """What is going on, on stderr, so that stdout has nothing but results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A rich table on a terminal, aligned plain text in a pipe. The first column is text, the others numbers."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table()
+        for i, header in enumerate(headers):
+            table.add_column(header, justify="left" if i == 0 else "right")
+        for cells in rows:
+            table.add_row(*cells)
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    for cells in (headers, *rows):
+        aligned = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        print("  ".join([cells[0].ljust(widths[0]), *aligned]).rstrip(), flush=True)
