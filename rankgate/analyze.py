@@ -48,7 +48,7 @@ def weight_spectra(model: PreTrainedModel, *, progress: bool = False) -> list[We
     spectra = []
     for name, module in track(list(linears(model).items()), "decomposing", enabled=progress):
         layer = read_linear(name, module)
-        cumulative = _cumulative(torch.linalg.svdvals(widen(layer.W.detach())).square())
+        cumulative = _cumulative(torch.linalg.svdvals(widen(layer.W)).square())
         ranks = {energy: rank_at(cumulative, energy) for energy in ENERGIES}
         spectra.append(WeightSpectrum(name, layer.m, layer.n, ranks, _curve(cumulative)))
     return spectra

@@ -51,7 +51,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A converted model opened from disk."""
+    """A converted model, to be saved or opened from disk."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -59,35 +59,27 @@ class Checkpoint:
     layers: list[LayerReport]
     provenance: Provenance
 
+    def save(self, directory: Path) -> None:
+        """Write the model into `directory`, which is made. Wrap it in `files.atomic_path` to get all or nothing."""
+        directory.mkdir()
+        self.model.config.save_pretrained(directory)
+        if self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        save_model(self.model, str(directory / TENSORS))
+        manifest = {
+            "format": FORMAT,
+            "method": {"name": self.method.name, **dataclasses.asdict(self.method)},
+            "provenance": {**dataclasses.asdict(self.provenance), "hashes": self.provenance.hashes.tolist()},
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "modules": _describe(self.model),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+        }
+        (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
 
 def is_checkpoint(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
-
-
-def save(
-    directory: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: Method,
-    layers: list[LayerReport],
-    provenance: Provenance,
-) -> None:
-    """Write a converted model into `directory`, which is made. Wrap it in `files.atomic_path` to get all or nothing."""
-    directory.mkdir()
-    model.config.save_pretrained(directory)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    save_model(model, str(directory / TENSORS))
-    manifest = {
-        "format": FORMAT,
-        "method": {"name": method.name, **dataclasses.asdict(method)},
-        "provenance": {**dataclasses.asdict(provenance), "hashes": provenance.hashes.tolist()},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "modules": _describe(model),
-        "layers": [dataclasses.asdict(layer) for layer in layers],
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def load(directory: str | Path) -> Checkpoint:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rankgate import __version__
@@ -146,7 +147,8 @@ def chosen_method(arguments: argparse.Namespace) -> Method:
         settings["energy"] = 0.9
     if name == "asvd" and not settings:
         settings["rank"] = 0.5
-    return config(**settings, allow_larger=arguments.allow_larger)
+    method: Method = config(**settings, allow_larger=arguments.allow_larger)
+    return method
 
 
 def method_was_given(arguments: argparse.Namespace) -> bool:
@@ -167,7 +169,7 @@ def calibrated(model: Opened, method: Method | None, arguments: argparse.Namespa
     if method is not None and not method.needs_stats:
         return None
     text = calibration_text(arguments)
-    if arguments.stats is None or not os.path.exists(arguments.stats):
+    if arguments.stats is None or not Path(arguments.stats).exists():
         say(f"calibrating on {arguments.calibration_tokens:,} tokens of {text}")
     return statistics(model, text, arguments.calibration_tokens, arguments.context, arguments.stats, progress=True)
 
@@ -243,7 +245,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         stats = calibrated(model, method, arguments)
         origin = provenance(model, stats, calibration_text(arguments))
         layers = convert_(model.model, method, stats, progress=True)
-        checkpoint.save(temporary, model.model, model.tokenizer, method, layers, origin)
+        checkpoint.Checkpoint(model.model, model.tokenizer, method, layers, origin).save(temporary)
     dense = [layer for layer in layers if layer.reason]
     headers = ("layer", "m x n", "rank", "energy kept", "stays dense because")
     rows = [

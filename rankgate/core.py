@@ -140,4 +140,5 @@ def norm_ratio(part: Tensor, whole: Tensor) -> Tensor:
     """‖part‖ / ‖whole‖ along the last dimension; 0 where both vanish."""
     tiny = torch.finfo(whole.dtype).tiny
     whole_norm: Tensor = torch.linalg.vector_norm(whole, dim=-1)
-    return torch.linalg.vector_norm(part, dim=-1) / whole_norm.clamp_min(tiny)
+    part_norm: Tensor = torch.linalg.vector_norm(part, dim=-1)
+    return part_norm / whole_norm.clamp_min(tiny)

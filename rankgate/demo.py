@@ -84,10 +84,10 @@ def demo(
 
 
 LEGEND = (
-    "Ratio of perplexities, share of equal top-1 predictions, KL(dense ‖ converted) in nats, share of prompts continued "
-    "with exactly the same text, share of tokens whose gate opened. Reads: weight bytes per token of the linear layers "
-    "over dense, modelled from the stored bytes and the measured fire rate; above 1 the method reads more than dense. "
-    "Layers that would not get smaller stay dense."
+    "Ratio of perplexities, share of equal top-1 predictions, KL(dense ‖ converted) in nats, share of prompts "
+    "continued with exactly the same text, share of tokens whose gate opened. Reads: weight bytes per token of the "
+    "linear layers over dense, modelled from the stored bytes and the measured fire rate; above 1 the method reads "
+    "more than dense. Layers that would not get smaller stay dense."
 )
 
 

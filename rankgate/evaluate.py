@@ -8,7 +8,6 @@ Anything that is not finite raises.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +68,11 @@ def evaluate(
     losses_dense, losses, agreements, divergences = [], [], [], []
     with record_gates(model) as gates, torch.inference_mode(), evaluation_mode(dense), evaluation_mode(model):
         for batch in track(windows.split(batch_size), "evaluating", enabled=progress):
-            batch = batch.to(dense.device)
             reference = _log_probabilities(dense, batch, "dense")
             candidate = _log_probabilities(model, batch, "converted")
-            for p, q, ids in zip(reference, candidate, batch, strict=True):  # one window at a time: less memory
+            for p, q, ids in zip(
+                reference, candidate, batch.to(dense.device), strict=True
+            ):  # one window at a time: less memory
                 target = ids[1:, None]
                 losses_dense.append(-p[:-1].gather(1, target).double())
                 losses.append(-q[:-1].gather(1, target).double())
@@ -97,7 +97,7 @@ def evaluate(
 
 
 def _log_probabilities(model: PreTrainedModel, batch: Tensor, which: str) -> Tensor:
-    logits = model(input_ids=batch, use_cache=False).logits.float()
+    logits = model(input_ids=batch.to(model.device), use_cache=False).logits.float()
     if not torch.isfinite(logits).all():
         raise RankgateError(f"the {which} model gives non-finite logits; nothing can be compared")
     return F.log_softmax(logits, dim=-1)
@@ -159,4 +159,7 @@ def greedy(
 
 def first_difference(a: str, b: str) -> int | None:
     """Position of the first character in which two texts differ, None if they are the same."""
-    return None if a == b else len(os.path.commonprefix([a, b]))
+    if a == b:
+        return None
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)

@@ -32,7 +32,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         if path.is_dir():
             path.rmdir()
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -37,7 +37,8 @@ def read_linear(name: str, module: nn.Module) -> Linear:
     """View an `nn.Linear`, or the transposed `Conv1D` of GPT-2, as a `Linear`. No copy for `nn.Linear`."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    return Linear(name, weight.detach().T.contiguous() if isinstance(module, Conv1D) else weight, bias)
+    W = weight.detach()
+    return Linear(name, W.T.contiguous() if isinstance(module, Conv1D) else W, bias)
 
 
 def linears(model: PreTrainedModel) -> dict[str, nn.Module]:

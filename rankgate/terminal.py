@@ -11,6 +11,7 @@ from collections.abc import Sequence
 def quiet_libraries() -> None:
     """Only errors from the libraries below; their warnings and progress bars are not about the user's input."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
     from transformers.utils import logging
 

@@ -45,7 +45,7 @@ class Method(ABC):
     def rewrite(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
         """Rewrite the linears of one input group, in order."""
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel) -> None:  # noqa: B027  most methods need nothing
         """Install what the method needs on the converted model as a whole. Called after conversion and loading."""
 
 

@@ -45,7 +45,7 @@ class Step(NamedTuple):
 
 
 class Basis:
-    """The basis of one sequence: the first `filled` rows of V (k × n), their use, and the weight images of V by layer."""
+    """The basis of one sequence: the first `filled` rows of V (k × n), their use, and W V by layer."""
 
     def __init__(self, rank: int, like: Tensor) -> None:
         self.V = like.new_zeros(rank, like.shape[-1])
@@ -105,24 +105,28 @@ class Sequences:
 
 
 class SequenceTracker:
-    """Follows which sequences a converted model is reading, by the cache that its base model is called with."""
+    """Follows which sequences a converted model is reading, by the cache that it is called with."""
 
     def __init__(self) -> None:
         self.current: Sequences | None = None
+        self._outermost: nn.Module | None = None
         self._by_cache: WeakKeyDictionary[Any, Sequences] = WeakKeyDictionary()
 
     @classmethod
     def install(cls, model: PreTrainedModel) -> None:
-        """Hook one tracker into `model` and hand it to every `ContextBasis` inside."""
+        """Hook one tracker into `model` and its base model, and hand it to every `ContextBasis` inside."""
         tracker = cls()
         for module in model.modules():
             if isinstance(module, ContextBasis):
                 module.tracker = tracker
-        model.base_model.register_forward_pre_hook(tracker.before, with_kwargs=True)
-        model.base_model.register_forward_hook(tracker.after, with_kwargs=True)
+        for module in {model, model.base_model}:  # either may be called from outside
+            module.register_forward_pre_hook(tracker.before, with_kwargs=True)
+            module.register_forward_hook(tracker.after, with_kwargs=True, always_call=True)
         vars(model)["_reorder_cache"] = tracker.reorder  # the hook that beam search looks for
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._outermost is not None:
+            return
         call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         ids = call.get("input_ids")
         ids = call["inputs_embeds"] if ids is None else ids
@@ -131,13 +135,15 @@ class SequenceTracker:
         if known is None or known.rows != ids.shape[0]:
             known = Sequences(ids.shape[0])
         known.begin(ids, call.get("attention_mask"))
-        self.current = known
+        self.current, self._outermost = known, module
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = cache_of(output)
+        if self._outermost is not module:
+            return
+        cache = cache_of(output) if isinstance(output, Mapping) else None
         if cache is not None and self.current is not None:
             self._by_cache[cache] = self.current
-        self.current = None
+        self.current = self._outermost = None
 
     def reorder(self, cache: Any, rows: Tensor) -> Any:
         cache.reorder_cache(rows)
