@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rankgate.convert import LayerReport, convert_, twin
     from rankgate.core import GatedLinear, Subspace
     from rankgate.errors import RankgateError
-    from rankgate.evaluate import Evaluation, compare_text, evaluate
+    from rankgate.evaluate import Evaluation, evaluate
     from rankgate.methods import ASVDConfig, GSIConfig, SVDConfig
 
 __version__ = "0.1.0"
@@ -30,7 +30,6 @@ _HOME = {
     "Subspace": "core",
     "RankgateError": "errors",
     "Evaluation": "evaluate",
-    "compare_text": "evaluate",
     "evaluate": "evaluate",
     "ASVDConfig": "methods",
     "GSIConfig": "methods",
@@ -48,7 +47,6 @@ __all__ = [
     "Stats",
     "Subspace",
     "calibrate",
-    "compare_text",
     "convert_",
     "evaluate",
     "twin",

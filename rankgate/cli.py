@@ -265,10 +265,9 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from rankgate.checkpoint import is_checkpoint
-    from rankgate.pipeline import compare, measure, measure_checkpoint
+    from rankgate.pipeline import Reference, measure_checkpoint
     from rankgate.tables import HEADERS, row
 
-    options = {"prompts": arguments.prompts, "progress": True}
     if is_checkpoint(arguments.model):
         if method_was_given(arguments):
             raise RankgateError(f"{arguments.model} is converted already; leave out the options of the method")
@@ -279,19 +278,21 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             arguments.tokens,
             arguments.context,
             dense=arguments.dense,
+            prompts=arguments.prompts,
             in_sample=arguments.in_sample,
-            **options,
+            progress=True,
         )
     else:
         method = chosen_method(arguments) if method_was_given(arguments) else None
         model = opened(arguments.model)
         windows = model.windows(evaluation_text(arguments), arguments.tokens, arguments.context)
+        stats = calibrated(model, method, arguments) if method else None
+        reference = Reference.of(model, windows, arguments.prompts)
         if method is None:
             say("no --method given: comparing the dense model with itself")
-            result = compare(model, model.model, None, windows, **options)
+            result = reference.compare(model.model, progress=True)
         else:
-            stats = calibrated(model, method, arguments)
-            result, _ = measure(model, method, stats, windows, in_sample=arguments.in_sample, **options)
+            result = reference.measure(method, stats, in_sample=arguments.in_sample, progress=True)
     record = result.record()
     show_table(HEADERS, [row(record)])
     e = result.evaluation

@@ -13,7 +13,7 @@ from rankgate import __version__
 from rankgate.analyze import activation_profiles, weight_spectra
 from rankgate.files import check_writable
 from rankgate.methods import ASVDConfig, GSIConfig, Method, SVDConfig
-from rankgate.pipeline import Result, measure, open_dense, statistics
+from rankgate.pipeline import Reference, Result, open_dense, statistics
 from rankgate.report import TOLERANCES, Report, plots, profiles_table, spectra_summary
 from rankgate.sources import DEFAULT
 from rankgate.tables import HEADERS, describe, row
@@ -31,7 +31,6 @@ METHODS: tuple[Method, ...] = (
     GSIConfig(rank=0.25, eps=0.2, basis="context"),
     SVDConfig(energy=0.9),
     ASVDConfig(rank=0.5),
-    ASVDConfig(energy=0.99),
 )
 IN_SAMPLE: Method = GSIConfig(rank=0.25, eps=0.05)
 
@@ -47,13 +46,12 @@ def demo(
     seen = opened.windows(CALIBRATION, CALIBRATION_TOKENS, CONTEXT)[: TOKENS // CONTEXT]
     unseen = opened.windows(HELD_OUT, TOKENS, CONTEXT)
     stats = statistics(opened, CALIBRATION, CALIBRATION_TOKENS, CONTEXT, progress=True)
-    runs = [(method, unseen) for method in METHODS] + [(IN_SAMPLE, seen)]
+    held_out, in_sample = (Reference.of(opened, windows, PROMPTS) for windows in (unseen, seen))
+    runs = [(method, held_out) for method in METHODS] + [(IN_SAMPLE, in_sample)]
     results: list[Result] = []
-    for number, (method, windows) in enumerate(runs, 1):
+    for number, (method, reference) in enumerate(runs, 1):
         say(f"[{number} of {len(runs)}] {describe({'name': method.name, **vars(method)})}")
-        in_sample = windows is seen
-        result, _ = measure(opened, method, stats, windows, prompts=PROMPTS, in_sample=in_sample, progress=True)
-        results.append(result)
+        results.append(reference.measure(method, stats, in_sample=reference is in_sample, progress=True))
     rows = [row(result.record()) for result in results]
     show_table(HEADERS, rows)
     samples = list(_samples(results))
@@ -80,7 +78,7 @@ def demo(
         plots(spectra, profiles, TOLERANCES),
     )
     say(f"wrote {report.write(output)}")
-    return {"model": DEFAULT, "results": [result.record() for result in results]}
+    return {"model": DEFAULT, "results": [{**result.record(), "fire_rates": None} for result in results]}
 
 
 LEGEND = (

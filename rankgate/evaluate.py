@@ -123,21 +123,17 @@ class TextComparison:
         return sum(position is None for position in self.first_difference) / len(self.first_difference)
 
 
-def compare_text(
-    dense: PreTrainedModel,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Tensor,
-    *,
-    new_tokens: int = 32,
-) -> TextComparison:
-    """Continue `prompts` (count × length token ids) greedily with both models and compare the texts."""
-    expected, actual = (
-        tokenizer.batch_decode(greedy(each, tokenizer, prompts, new_tokens), skip_special_tokens=True)
-        for each in (dense, model)
-    )
-    differences = [first_difference(a, b) for a, b in zip(expected, actual, strict=True)]
-    return TextComparison(tokenizer.batch_decode(prompts, skip_special_tokens=True), expected, actual, differences)
+def continuations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, new_tokens: int = 32
+) -> list[str]:
+    """The greedy continuations of `prompts` (count × length token ids) as text."""
+    return list(tokenizer.batch_decode(greedy(model, tokenizer, prompts, new_tokens), skip_special_tokens=True))
+
+
+def compare_text(prompts: list[str], dense: list[str], converted: list[str]) -> TextComparison:
+    """Compare the continuations of the same prompts, character by character."""
+    differences = [first_difference(a, b) for a, b in zip(dense, converted, strict=True)]
+    return TextComparison(prompts, dense, converted, differences)
 
 
 def greedy(

@@ -16,7 +16,7 @@ from rankgate.calibrate import Stats, calibrate, fingerprint
 from rankgate.checkpoint import Provenance
 from rankgate.convert import LayerReport, convert_, twin
 from rankgate.errors import RankgateError
-from rankgate.evaluate import Evaluation, TextComparison, compare_text, evaluate
+from rankgate.evaluate import Evaluation, TextComparison, compare_text, continuations, evaluate
 from rankgate.methods import Method
 
 PROMPT_TOKENS = 32
@@ -129,23 +129,45 @@ class Result:
         }
 
 
-def measure(
-    opened: Opened,
-    method: Method,
-    stats: Stats | None,
-    windows: Tensor,
-    *,
-    prompts: int = 8,
-    in_sample: bool = False,
-    progress: bool = False,
-) -> tuple[Result, PreTrainedModel]:
-    """Convert a twin of the dense model with `method` and compare the two on `windows`."""
-    origin = provenance(opened, stats if method.needs_stats else None, "")
-    model = twin(opened.model)
-    overlaps = check_text(windows, origin.hashes, allow=in_sample)
-    layers = convert_(model, method, stats, progress=progress)
-    done = Conversion(method, layers, origin.calibration_tokens, overlaps)
-    return compare(opened, model, done, windows, prompts=prompts, progress=progress), model
+@dataclass(frozen=True)
+class Reference:
+    """The dense side of a comparison: the text to compare on, and the dense continuations of its first prompts."""
+
+    opened: Opened
+    windows: Tensor
+    continued: list[str]
+
+    @classmethod
+    def of(cls, opened: Opened, windows: Tensor, prompts: int) -> Reference:
+        """Continue the beginnings of the first `prompts` windows (0: compare no text)."""
+        beginnings = windows[:prompts, :PROMPT_TOKENS]
+        continued = continuations(opened.model, opened.tokenizer, beginnings) if prompts else []
+        return cls(opened, windows, continued)
+
+    def compare(
+        self, model: PreTrainedModel, conversion: Conversion | None = None, *, progress: bool = False
+    ) -> Result:
+        """Evaluate `model` against the dense one, and continue the same prompts with it."""
+        evaluation = evaluate(self.opened.model, model, self.windows, progress=progress)
+        if not self.continued:
+            return Result(conversion, evaluation, None)
+        beginnings = self.windows[: len(self.continued), :PROMPT_TOKENS]
+        prompts = self.opened.tokenizer.batch_decode(beginnings, skip_special_tokens=True)
+        converted = continuations(model, self.opened.tokenizer, beginnings)
+        return Result(conversion, evaluation, compare_text(prompts, self.continued, converted))
+
+    def measure(
+        self, method: Method, stats: Stats | None, *, in_sample: bool = False, progress: bool = False
+    ) -> Result:
+        """Convert a twin of the dense model with `method` and compare the two.
+
+        Raises RankgateError if the text was calibrated on, unless `in_sample` allows it.
+        """
+        origin = provenance(self.opened, stats if method.needs_stats else None, "")
+        overlaps = check_text(self.windows, origin.hashes, allow=in_sample)
+        model = twin(self.opened.model)
+        layers = convert_(model, method, stats, progress=progress)
+        return self.compare(model, Conversion(method, layers, origin.calibration_tokens, overlaps), progress=progress)
 
 
 def measure_checkpoint(
@@ -173,20 +195,4 @@ def measure_checkpoint(
     windows = opened.windows(text, tokens, context)
     overlaps = check_text(windows, origin.hashes, allow=in_sample)
     done = Conversion(converted.method, converted.layers, origin.calibration_tokens, overlaps)
-    return compare(opened, converted.model, done, windows, prompts=prompts, progress=progress)
-
-
-def compare(
-    opened: Opened,
-    model: PreTrainedModel,
-    conversion: Conversion | None,
-    windows: Tensor,
-    *,
-    prompts: int = 8,
-    progress: bool = False,
-) -> Result:
-    """Evaluate `model` against the dense one, and continue the beginnings of the first `prompts` windows with both."""
-    evaluation = evaluate(opened.model, model, windows, progress=progress)
-    beginnings = windows[:prompts, :PROMPT_TOKENS]
-    text = compare_text(opened.model, model, opened.tokenizer, beginnings) if prompts else None
-    return Result(conversion, evaluation, text)
+    return Reference.of(opened, windows, prompts).compare(converted.model, done, progress=progress)

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rankgate import hub
 from rankgate.errors import RankgateError
 from rankgate.files import atomic_path
 
 DEFAULT = "smollm2-135m"
-HUB_TIMEOUT = 10  # seconds
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def resolve(name: str) -> Source:
     if path.exists():
         raise RankgateError(f"{name} is not a model; give a directory, a .gguf file, a hub id or {DEFAULT}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return _hub(name)
+        hub.require(name, "model")
+        return Source(name, name)
     raise RankgateError(f"no model at {name}; give a directory, a .gguf file, a hub id (ORG/NAME) or {DEFAULT}")
 
 
@@ -92,28 +93,6 @@ def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if source.gguf is not None:  # the weights are plain floats now; the file's quantisation is history
         del model.config.quantization_config
     return model.eval(), tokenizer
-
-
-def _hub(name: str) -> Source:
-    """Check a hub id with one short request, unless the hub's cache has the model already."""
-    from huggingface_hub import constants, model_info, try_to_load_from_cache
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return Source(name, name)
-    if constants.HF_HUB_OFFLINE:
-        raise RankgateError(f"{name} is neither a path nor in the hub cache, and HF_HUB_OFFLINE is set")
-    try:
-        model_info(name, timeout=HUB_TIMEOUT)
-    except RepositoryNotFoundError as error:
-        raise RankgateError(
-            f"no model at {name}: not a path here, and the hub does not have it (or it is gated)"
-        ) from error
-    except Exception as error:  # every transport reports an unreachable host in its own way
-        raise RankgateError(
-            f"the hub is unreachable ({type(error).__name__}); {name} is not a path here either"
-        ) from error
-    return Source(name, name)
 
 
 def cache_dir() -> Path:

@@ -6,13 +6,13 @@ a calibration part and a held-out part, and paragraphs of the held-out part that
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rankgate import hub
 from rankgate.errors import RankgateError
 
 CALIBRATION = "pydoc:calibration"
@@ -62,7 +62,7 @@ def _dataset(source: str) -> str:
     except ImportError as error:
         raise RankgateError("Hugging Face datasets need the extra: pip install 'rankgate[datasets]'") from error
     name, config, split = [*source.removeprefix("hf:").split(":"), "", ""][:3]
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+    hub.require(name, "dataset")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "test")
     except Exception as error:  # the library raises many kinds, from many layers

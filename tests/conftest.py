@@ -22,6 +22,7 @@ from transformers import (
 
 from rankgate.calibrate import Stats, calibrate
 
+torch.set_num_threads(1)  # tiny models, and pytest runs one process per core
 VOCAB = 260
 BASE = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
 LLAMA = {
@@ -53,14 +54,14 @@ ARCHITECTURES = tuple(CONFIGS)
 
 
 def tiny_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Random weights, large enough that layers matter, biases included."""
+    """Random weights, large enough that layers matter, biases included. The same for every dtype but for rounding."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.float64)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name and "ln_" not in name and not name.endswith(("A_log", ".D")):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.to(dtype).eval()
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model.eval()
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankgate.calibrate import GroupStats
@@ -65,6 +66,11 @@ def rank_for(rank: int | float, full: int, layer: Linear) -> int:
     if rank > layer.n:
         raise RankgateError(f"rank {rank} exceeds the {layer.n} inputs of {layer.name}; lower it or use a fraction")
     return min(rank, full)
+
+
+def factor(view: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy of `view` with storage of its own: a slice would keep the whole factor alive."""
+    return view.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def too_large(rank: int, n: int, outputs: int) -> str:

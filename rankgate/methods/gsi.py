@@ -22,7 +22,7 @@ from rankgate.calibrate import GroupStats
 from rankgate.core import GatedLinear, Subspace, widen
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
-from rankgate.methods.base import Method, Rewrite, check_rank, rank_for, too_large
+from rankgate.methods.base import Method, Rewrite, check_rank, factor, rank_for, too_large
 from rankgate.methods.context import ContextBasis, ContextLinear, SequenceTracker
 
 BASES = ("calibrated", "context")
@@ -67,9 +67,9 @@ class GSIConfig(Method):
         V = vectors[:, :rank]  # (n, k)
         kept = float(values[:rank].sum() / values.sum())
         dtype = layers[0].W.dtype
-        subspace = Subspace(V.T.to(dtype).contiguous(), self.eps)
+        subspace = Subspace(factor(V.T, dtype), self.eps)
         return [
-            Rewrite(GatedLinear(subspace, (widen(layer.W) @ V).to(dtype), layer.W, layer.bias), rank, kept)
+            Rewrite(GatedLinear(subspace, factor(widen(layer.W) @ V, dtype), layer.W, layer.bias), rank, kept)
             for layer in layers
         ]
 

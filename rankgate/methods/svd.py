@@ -26,7 +26,7 @@ from rankgate.calibrate import GroupStats
 from rankgate.core import GatedLinear, Subspace, widen
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
-from rankgate.methods.base import Method, Rewrite, check_rank, rank_for, too_large
+from rankgate.methods.base import Method, Rewrite, check_rank, factor, rank_for, too_large
 
 RIDGE = 1e-6  # of the mean eigenvalue of C, added to each: directions that calibration never saw still count a little
 
@@ -69,8 +69,8 @@ class SVDConfig(Method):
         if reason:
             return Rewrite(None, rank, kept, reason)
         dtype = layer.W.dtype
-        subspace = Subspace(B[:rank].to(dtype).contiguous())
-        return Rewrite(GatedLinear(subspace, A[:, :rank].to(dtype).contiguous(), None, layer.bias), rank, kept)
+        subspace = Subspace(factor(B[:rank], dtype))
+        return Rewrite(GatedLinear(subspace, factor(A[:, :rank], dtype), None, layer.bias), rank, kept)
 
     def factors(self, W: Tensor, stats: GroupStats | None) -> tuple[Tensor, Tensor, Tensor]:
         """A (m × r), σ (r, descending) and B (r × n) at full rank r = min(m, n), to be cut to the first k."""

@@ -1,0 +1,93 @@
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
+
+from rankgate import checkpoint
+from rankgate.checkpoint import Checkpoint, Provenance
+from rankgate.convert import convert_, converted_layers
+from rankgate.errors import RankgateError
+from rankgate.methods import ASVDConfig, GSIConfig, SVDConfig
+
+METHODS = (
+    SVDConfig(energy=0.7, allow_larger=True),
+    ASVDConfig(rank=0.25),
+    GSIConfig(rank=0.25, eps=0.5),
+    GSIConfig(rank=0.25, eps=0.5, basis="context"),
+)
+
+
+def save(architecture, method, tokenizer, directory, dtype=torch.float32):
+    model = tiny_model(architecture, dtype)
+    layers = convert_(model, method, calibrated(model))
+    origin = Provenance("somewhere", "abc", "some text", 512, torch.tensor([5, -7]))
+    saved = Checkpoint(model, tokenizer, method, layers, origin)
+    saved.save(directory)
+    return saved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{getattr(m, 'basis', '')}")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_loaded_model_is_bit_identical(architecture, method, dtype, tokenizer, tmp_path):
+    saved = save(architecture, method, tokenizer, tmp_path / "out", dtype)
+    loaded = checkpoint.load(tmp_path / "out")
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(input_ids=ids).logits, saved.model(input_ids=ids).logits)
+    assert loaded.method == method and loaded.layers == saved.layers
+    assert torch.equal(loaded.provenance.hashes, saved.provenance.hashes)
+    assert loaded.tokenizer("text").input_ids == tokenizer("text").input_ids
+    assert loaded.model.dtype == dtype
+    groups = [len({layer.subspace for _, layer in converted_layers(m)}) for m in (saved.model, loaded.model)]
+    assert groups[0] == groups[1]
+
+
+def test_transformers_alone_refuses_the_directory(tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    save("llama", METHODS[0], tokenizer, tmp_path / "out")
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def damage_tensors(directory):
+    file = directory / checkpoint.TENSORS
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_tensors(directory):
+    (directory / checkpoint.TENSORS).unlink()
+
+
+def garble_manifest(directory):
+    (directory / checkpoint.MANIFEST).write_text("{")
+
+
+def change_shape(directory):
+    manifest = json.loads((directory / checkpoint.MANIFEST).read_text())
+    manifest["modules"][0]["rank"] += 1
+    (directory / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def drop_layer(directory):
+    manifest = json.loads((directory / checkpoint.MANIFEST).read_text())
+    manifest["modules"].pop()
+    (directory / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("harm", [damage_tensors, lose_tensors, garble_manifest, change_shape, drop_layer])
+def test_damage_is_one_line(harm, tokenizer, tmp_path):
+    save("llama", METHODS[1], tokenizer, tmp_path / "out")
+    harm(tmp_path / "out")
+    with pytest.raises(RankgateError, match="damaged, convert it again: ") as caught:
+        checkpoint.load(tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_format_is_named(tokenizer, tmp_path):
+    save("llama", METHODS[1], tokenizer, tmp_path / "out")
+    (tmp_path / "out" / checkpoint.MANIFEST).write_text('{"format": "rankgate-model-99"}')
+    with pytest.raises(RankgateError, match="rankgate-model-99"):
+        checkpoint.load(tmp_path / "out")
