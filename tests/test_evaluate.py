@@ -67,7 +67,7 @@ def test_fire_rates_are_those_of_decoding_token_by_token():
 def test_non_finite_logits_raise():
     dense, model = converted(ASVDConfig(rank=6))
     with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.A.fill_(float("nan"))
+        model.model.layers[0].mlp.up_proj.A.fill_(float("nan"))
     with pytest.raises(RankgateError, match="converted model gives non-finite"):
         evaluate(dense, model, tokens(1, 10))
 
