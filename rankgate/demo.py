@@ -16,7 +16,7 @@ from rankgate.methods import ASVDConfig, GSIConfig, Method, SVDConfig
 from rankgate.pipeline import Reference, Result, open_dense, statistics
 from rankgate.report import TOLERANCES, Report, plots, profiles_table, spectra_summary
 from rankgate.sources import DEFAULT
-from rankgate.tables import HEADERS, describe, row
+from rankgate.tables import HEADERS, describe, row, verdict
 from rankgate.texts import CALIBRATION, HELD_OUT
 
 CONTEXT = 512
@@ -52,8 +52,10 @@ def demo(
     for number, (method, reference) in enumerate(runs, 1):
         say(f"[{number} of {len(runs)}] {describe({'name': method.name, **vars(method)})}")
         results.append(reference.measure(method, stats, in_sample=reference is in_sample, progress=True))
-    rows = [row(result.record()) for result in results]
+    records = [{**result.record(), "fire_rates": None} for result in results]
+    rows = [row(record) for record in records]
     show_table(HEADERS, rows)
+    print(verdict(records))
     samples = list(_samples(results))
     for title, text in samples:
         print(f"\n{title}\n    {text.strip()}")
@@ -70,7 +72,7 @@ def demo(
             f"Python {platform.python_version()}",
         },
         [
-            ("What each method costs and saves", LEGEND, HEADERS, rows),
+            (verdict(records), LEGEND, HEADERS, rows),
             ("Rank of the weights", "Median layer of each kind; the last row is the model.", *spectra_summary(spectra)),
             ("Inputs", "Effective rank of the second moment; median residual.", *profiles_table(profiles)),
         ],
@@ -78,7 +80,7 @@ def demo(
         plots(spectra, profiles, TOLERANCES),
     )
     say(f"wrote {report.write(output)}")
-    return {"model": DEFAULT, "results": [{**result.record(), "fire_rates": None} for result in results]}
+    return {"model": DEFAULT, "results": records}
 
 
 LEGEND = (

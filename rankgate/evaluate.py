@@ -59,7 +59,7 @@ class Evaluation:
 
 
 def evaluate(
-    dense: PreTrainedModel, model: PreTrainedModel, windows: Tensor, *, batch_size: int = 2, progress: bool = False
+    dense: PreTrainedModel, model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, progress: bool = False
 ) -> Evaluation:
     """Run both models over `windows` (count × context token ids) and compare their predictions.
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rankgate.errors import RankgateError
+
 NOT_CALLED = "never called as a layer"
 
 
@@ -34,10 +36,15 @@ class Linear:
 
 
 def read_linear(name: str, module: nn.Module) -> Linear:
-    """View an `nn.Linear`, or the transposed `Conv1D` of GPT-2, as a `Linear`. No copy for `nn.Linear`."""
+    """View an `nn.Linear`, or the transposed `Conv1D` of GPT-2, as a `Linear`. No copy for `nn.Linear`.
+
+    Raises RankgateError if a weight is not finite.
+    """
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
     W = weight.detach()
+    if not torch.isfinite(W).all():
+        raise RankgateError(f"{name} has weights that are not finite; the model is damaged")
     return Linear(name, W.T.contiguous() if isinstance(module, Conv1D) else W, bias)
 
 

@@ -93,8 +93,9 @@ def plots(spectra: list[WeightSpectrum], profiles: list[ActivationProfile], eps:
 def plot_spectra(spectra: list[WeightSpectrum], profiles: list[ActivationProfile]) -> Plot:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    _curves(left, by_kind(spectra), "weights: rank / min(m, n)")
-    _curves(right, by_kind(profiles), "inputs: k / n")
+    colors = dict(zip(by_kind(spectra), _cycle(), strict=False))
+    _curves(left, by_kind(spectra), colors, "weights: rank / min(m, n)")
+    _curves(right, by_kind(profiles), colors, "inputs: k / n")
     left.set_ylabel("cumulative energy")
     caption = (
         "Mean over depth, band from the least to the most concentrated layer. The diagonal would be no structure at "
@@ -103,12 +104,17 @@ def plot_spectra(spectra: list[WeightSpectrum], profiles: list[ActivationProfile
     return Plot("spectra.png", "Energy kept by a subspace, of weights and of inputs", caption, figure)
 
 
-def _curves(axes: Axes, groups: Mapping[str, Sequence[WeightSpectrum | ActivationProfile]], label: str) -> None:
+def _curves(
+    axes: Axes,
+    groups: Mapping[str, Sequence[WeightSpectrum | ActivationProfile]],
+    colors: Mapping[str, Any],
+    label: str,
+) -> None:
     x = np.linspace(0, 1, CURVE)
-    for color, (name, items) in zip(_cycle(), groups.items(), strict=False):
+    for name, items in groups.items():
         y = np.array([item.curve for item in items])
-        axes.plot(x, y.mean(0), color=color, label=name)
-        axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.12, linewidth=0)
+        axes.plot(x, y.mean(0), color=colors[name], label=name)
+        axes.fill_between(x, y.min(0), y.max(0), color=colors[name], alpha=0.12, linewidth=0)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle=":")
     axes.set(xlabel=label, xlim=(0, 1), ylim=(0, 1.01))
     axes.legend(frameon=False, fontsize=8)
@@ -150,7 +156,7 @@ def plot_residuals(profiles: list[ActivationProfile], eps: Sequence[float]) -> P
         axes.set_visible(False)
     first = figure.axes[0]
     first.set_ylabel("‖residual‖ / ‖x‖")
-    first.legend(frameon=False, fontsize=8, loc="lower left")
+    first.legend(frameon=False, fontsize=8, loc="upper right")
     caption = "Median token and 5–95 % band, averaged over depth. A token above the line of ε opens the gate."
     return Plot("residuals.png", "What a calibrated subspace leaves out, token by token", caption, figure)
 

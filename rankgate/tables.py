@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 HEADERS = (
@@ -25,7 +25,7 @@ def describe(method: Mapping[str, Any]) -> str:
     rank = method.get("rank")
     if rank is not None:
         full = "n" if method["name"] == "gsi" else "min(m,n)"
-        words.append(f"k={rank:g}{full}" if isinstance(rank, float) else f"k={rank}")
+        words.append(f"k={rank:g}·{full}" if isinstance(rank, float) else f"k={rank}")
     if method.get("energy") is not None:
         words.append(f"energy={method['energy']:g}")
     if method.get("eps") is not None:
@@ -51,6 +51,18 @@ def row(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{1 / record['read_speedup']:.3f}",
         f"{record['bits_per_weight']:.2f}",
         f"{record['layers_converted']} of {record['layers']}",
+    )
+
+
+def verdict(records: Sequence[Mapping[str, Any]], loss: float = 0.01) -> str:
+    """One sentence: the fewest reads among the rows that are not in-sample and lose at most `loss` in perplexity."""
+    good = [r for r in records if not r["in_sample"] and r["ppl_ratio"] <= 1 + loss]
+    if not good:
+        return f"No setting stays within {loss:.0%} of the dense perplexity."
+    best = max(good, key=lambda r: r["read_speedup"])
+    return (
+        f"Fewest reads within {loss:.0%} of the dense perplexity: {describe(best['method'])}, "
+        f"{1 / best['read_speedup']:.2f} x dense" + (", which saves nothing." if best["read_speedup"] <= 1 else ".")
     )
 
 

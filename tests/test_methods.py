@@ -139,6 +139,7 @@ def test_layers_that_gain_nothing_stay_dense_and_say_why():
         (GSIConfig, {"rank": 0}, "rank 0"),
         (GSIConfig, {"rank": -3}, "rank -3"),
         (GSIConfig, {"rank": 1.5}, "rank 1.5"),
+        (GSIConfig, {"rank": float("nan")}, "rank nan"),
         (GSIConfig, {"eps": -0.1}, "eps -0.1"),
         (GSIConfig, {"eps": float("nan")}, "eps nan"),
         (GSIConfig, {"basis": "other"}, "unknown basis"),
@@ -166,6 +167,14 @@ def test_bad_combinations_are_refused_with_one_line():
         convert_(model, GSIConfig(rank=8), stats)
     convert_(model, SVDConfig(rank=4))
     with pytest.raises(RankgateError, match="converted already"):
+        convert_(model, SVDConfig(rank=4))
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(RankgateError, match=r"layers\.1\.mlp\.up_proj has weights that are not finite"):
         convert_(model, SVDConfig(rank=4))
 
 

@@ -52,7 +52,7 @@ class Method(ABC):
 
 def check_rank(rank: int | float) -> None:
     """Raises RankgateError unless `rank` is a positive integer or a fraction in (0, 1]."""
-    if rank <= 0 or (isinstance(rank, float) and rank > 1):
+    if not rank > 0 or (isinstance(rank, float) and rank > 1):
         raise RankgateError(f"rank {rank} is out of range; give a whole number ≥ 1 or a fraction in (0, 1]")
 
 
