@@ -15,6 +15,8 @@ from rankgate.errors import RankgateError
 from rankgate.terminal import quiet_libraries, say, show_table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rankgate.calibrate import Stats
     from rankgate.methods import Method
     from rankgate.pipeline import Opened
@@ -162,16 +164,22 @@ def opened(name: str) -> Opened:
     return open_dense(name)
 
 
-def calibrated(model: Opened, method: Method | None, arguments: argparse.Namespace) -> Stats | None:
-    """Statistics as the options ask for them, None if `method` does not need any."""
+def calibrated(model: Opened, arguments: argparse.Namespace, apart_from: Tensor | None = None) -> Stats:
+    """Statistics as the options ask for them."""
     from rankgate.pipeline import statistics
 
-    if method is not None and not method.needs_stats:
-        return None
     text = calibration_text(arguments)
     if arguments.stats is None or not Path(arguments.stats).exists():
         say(f"calibrating on {arguments.calibration_tokens:,} tokens of {text}")
-    return statistics(model, text, arguments.calibration_tokens, arguments.context, arguments.stats, progress=True)
+    return statistics(
+        model,
+        text,
+        arguments.calibration_tokens,
+        arguments.context,
+        file=arguments.stats,
+        apart_from=apart_from,
+        progress=True,
+    )
 
 
 def calibration_text(arguments: argparse.Namespace) -> str:
@@ -201,15 +209,12 @@ def run_demo(arguments: argparse.Namespace) -> None:
 def run_analyze(arguments: argparse.Namespace) -> None:
     from rankgate.analyze import activation_profiles, weight_spectra
     from rankgate.files import check_writable
-    from rankgate.pipeline import check_text
     from rankgate.report import analysis_report, profiles_table, spectra_summary
 
     check_writable(arguments.output)
     model = opened(arguments.model)
     parts = {"held-out": model.windows(evaluation_text(arguments), arguments.tokens, arguments.context)}
-    stats = calibrated(model, None, arguments)
-    assert stats is not None
-    check_text(parts["held-out"], stats.hashes, allow=False)
+    stats = calibrated(model, arguments, apart_from=parts["held-out"])
     if arguments.stats is None:
         same = model.windows(calibration_text(arguments), arguments.calibration_tokens, arguments.context)
         parts = {"in-sample": same[: len(parts["held-out"])], **parts}
@@ -242,7 +247,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
     method = chosen_method(arguments)
     with atomic_path(arguments.output) as temporary:
         model = opened(arguments.model)
-        stats = calibrated(model, method, arguments)
+        stats = calibrated(model, arguments) if method.needs_stats else None
         origin = provenance(model, stats, calibration_text(arguments))
         layers = convert_(model.model, method, stats, progress=True)
         checkpoint.Checkpoint(model.model, model.tokenizer, method, layers, origin).save(temporary)
@@ -286,7 +291,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         method = chosen_method(arguments) if method_was_given(arguments) else None
         model = opened(arguments.model)
         windows = model.windows(evaluation_text(arguments), arguments.tokens, arguments.context)
-        stats = calibrated(model, method, arguments) if method else None
+        apart_from = None if arguments.in_sample else windows
+        stats = calibrated(model, arguments, apart_from) if method and method.needs_stats else None
         reference = Reference.of(model, windows, arguments.prompts)
         if method is None:
             say("no --method given: comparing the dense model with itself")

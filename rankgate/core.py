@@ -39,7 +39,7 @@ class InputGroup(nn.Module, Generic[T]):
     """What the linears that read the same tensor (q/k/v, gate/up) share: the work is done once per input tensor.
 
     Subclasses define `forward(x)`; members call `shared(x)`, which returns the previous answer as long as it is asked
-    about the very same tensor object. Forward hooks therefore see every input once.
+    about the very same tensor object and forgets it with that object. Forward hooks therefore see every input once.
     """
 
     def __init__(self) -> None:
@@ -50,8 +50,12 @@ class InputGroup(nn.Module, Generic[T]):
         version = 0 if x.is_inference() else x._version
         if self._memo is None or self._memo[0]() is not x or self._memo[1] != version:
             answer: T = self(x)
-            self._memo = (weakref.ref(x), version, answer)
+            self._memo = (weakref.ref(x, self._forget), version, answer)
+            return answer
         return self._memo[2]
+
+    def _forget(self, _: weakref.ref[Tensor]) -> None:
+        self._memo = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_memo": None}

@@ -50,16 +50,32 @@ def open_dense(name: str) -> Opened:
 
 
 def statistics(
-    opened: Opened, text: str, tokens: int, context: int, file: str | None = None, *, progress: bool = False
+    opened: Opened,
+    text: str,
+    tokens: int,
+    context: int,
+    *,
+    file: str | None = None,
+    apart_from: Tensor | None = None,
+    progress: bool = False,
 ) -> Stats:
-    """Calibration statistics: read from `file` if it exists, otherwise measured on `text` and saved there."""
+    """Calibration statistics: read from `file` if it exists, otherwise measured on `text` and saved there.
+
+    Raises RankgateError, before any work, if the text overlaps the windows `apart_from`.
+    """
     if file is not None and Path(file).exists():
         stats = Stats.load(file)
         stats.check(opened.model)
-        return stats
-    stats = calibrate(opened.model, opened.windows(text, tokens, context), progress=progress)
-    if file is not None:
-        stats.save(file)
+        hashes = stats.hashes
+    else:
+        windows = opened.windows(text, tokens, context)
+        stats, hashes = None, texts.run_hashes(windows)
+    if apart_from is not None:
+        check_text(apart_from, hashes, allow=False)
+    if stats is None:
+        stats = calibrate(opened.model, windows, progress=progress)
+        if file is not None:
+            stats.save(file)
     return stats
 
 

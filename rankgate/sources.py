@@ -71,10 +71,10 @@ def resolve(name: str) -> Source:
         return Source(str(path.absolute()), str(path.absolute()))
     if path.exists():
         raise RankgateError(f"{name} is not a model; give a directory, a .gguf file, a hub id or {DEFAULT}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) and path.suffix != ".gguf":
         hub.require(name, "model")
         return Source(name, name)
-    raise RankgateError(f"no model at {name}; give a directory, a .gguf file, a hub id (ORG/NAME) or {DEFAULT}")
+    raise RankgateError(f"no model at {name}; give a directory, a .gguf file, a hub id or {DEFAULT}")
 
 
 def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

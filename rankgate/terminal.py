@@ -27,12 +27,13 @@ def say(text: str) -> None:
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A rich table on a terminal, aligned plain text in a pipe. The first column is text, the others numbers."""
     if sys.stdout.isatty():
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
-        table = Table()
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, header in enumerate(headers):
-            table.add_column(header, justify="left" if i == 0 else "right")
+            table.add_column(header, justify="left" if i == 0 else "right", overflow="fold")
         for cells in rows:
             table.add_row(*cells)
         Console().print(table)

@@ -143,6 +143,7 @@ def test_layers_that_gain_nothing_stay_dense_and_say_why():
         (GSIConfig, {"eps": -0.1}, "eps -0.1"),
         (GSIConfig, {"eps": float("nan")}, "eps nan"),
         (GSIConfig, {"basis": "other"}, "unknown basis"),
+        (GSIConfig, {"basis": "context", "eps": 1.0}, "never opens"),
         (SVDConfig, {}, "either a rank or an energy"),
         (SVDConfig, {"rank": 4, "energy": 0.9}, "either a rank or an energy"),
         (SVDConfig, {"energy": 0.0}, "energy 0.0"),

@@ -16,7 +16,7 @@ from rankgate.sources import Source, WheelModel, load, resolve, sha256
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no-such-thing", "no model at no-such-thing"), ("./missing/dir/model", "no model at"), ("a.gguf", "no model at")],
+    [("no-such-thing", "not a path"), ("./missing/dir/model", "no model at"), ("a.gguf", "no model at a.gguf")],
 )
 def test_missing_models_are_named(name, message):
     with pytest.raises(RankgateError, match=message):

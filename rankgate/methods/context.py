@@ -147,9 +147,10 @@ class SequenceTracker:
 
     def reorder(self, cache: Any, rows: Tensor) -> Any:
         cache.reorder_cache(rows)
-        sequences = self._by_cache[cache]
-        for module, bases in sequences.bases.items():
-            sequences.bases[module] = [bases[row].copy() for row in rows.tolist()]
+        sequences = self._by_cache.get(cache)
+        if sequences is not None:
+            for module, bases in sequences.bases.items():
+                sequences.bases[module] = [bases[row].copy() for row in rows.tolist()]
         return cache
 
 
@@ -180,7 +181,7 @@ class ContextBasis(InputGroup[ContextProjection]):
         if sequences is None or x.numel() != sequences.rows * sequences.length * self.n:
             raise RuntimeError("a context basis sees its input only through the model that was converted")
         rows, length = sequences.rows, sequences.length
-        tokens = widen(x).view(rows, length, self.n)
+        tokens = widen(x).reshape(rows, length, self.n)
         bases = sequences.bases.setdefault(self, [])
         bases.extend(Basis(self.rank, tokens) for _ in range(rows - len(bases)))
         seen = torch.zeros_like(tokens)

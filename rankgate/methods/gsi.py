@@ -44,6 +44,8 @@ class GSIConfig(Method):
             raise RankgateError(f"eps {self.eps} is out of range; the tolerance is ≥ 0 (0.05 is usual)")
         if self.basis not in BASES:
             raise RankgateError(f"unknown basis {self.basis!r}; choose from {', '.join(BASES)}")
+        if self.basis == "context" and self.eps >= 1:
+            raise RankgateError(f"eps {self.eps} never opens the gate, so a context basis cannot grow; use less than 1")
 
     @property
     def needs_stats(self) -> bool:
