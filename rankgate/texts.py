@@ -99,10 +99,10 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, co
 
 
 def run_hashes(windows: Tensor, stride: int = RUN) -> Tensor:
-    """64-bit hashes of the runs of 32 tokens that start every `stride` tokens of each window (a 1-D int64 tensor)."""
-    if windows.shape[1] < RUN:
+    """64-bit hashes (1-D, int64) of the runs of 32 tokens that start every `stride` tokens of consecutive windows."""
+    if windows.numel() < RUN:
         return torch.empty(0, dtype=torch.int64)
-    runs = windows.unfold(1, RUN, stride).reshape(-1, RUN)
+    runs = windows.flatten().unfold(0, RUN, stride)
     ordered = runs.sort(dim=1).values
     distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1
     powers = [pow(6364136223846793005, i + 1, 2**64) for i in range(RUN)]

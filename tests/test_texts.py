@@ -70,6 +70,12 @@ def test_overlap_finds_every_shared_run_of_63_tokens_and_none_of_31():
     assert not texts.overlap(mixed, hashes)
 
 
+def test_overlap_is_found_in_windows_shorter_than_a_run():
+    known = torch.randint(0, VOCAB, (40, 16), generator=torch.Generator().manual_seed(0))
+    assert texts.overlap(known[5:15], texts.run_hashes(known))
+    assert not texts.overlap(known.flip(1), texts.run_hashes(known))
+
+
 def test_monotonous_runs_prove_nothing():
     rule = torch.full((1, 128), 7)
     assert not texts.overlap(rule, texts.run_hashes(rule))
