@@ -19,11 +19,26 @@ RESULTS = Path(__file__).parent / "results"
 SEED = 0
 
 
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+# of the code that is running: read when the benchmark starts, not when it ends
+COMMIT = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "rankgate", "benchmarks") else "")
+
+
 def provenance() -> dict[str, Any]:
     """Versions, device, commit (with '+' if the tree was changed) and seed."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "rankgate") else ""),
+        "commit": COMMIT,
         "device": f"{_cpu()}, {torch.get_num_threads()} threads",
         "rankgate": __version__,
         "torch": torch.__version__,
@@ -39,14 +54,3 @@ def write(name: str, settings: dict[str, Any], results: list[dict[str, Any]]) ->
     content = {"provenance": provenance(), "settings": settings, "results": results}
     with atomic_path(RESULTS / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())
