@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ def demo(
     print(verdict(records))
     samples = list(_samples(results))
     for title, text in samples:
-        print(f"\n{title}\n    {text.strip()}")
+        print(f"\n{title}\n{textwrap.indent(text.strip(), '    ')}")
     say("\nanalysing weights and activations for the report")
     spectra = weight_spectra(opened.model, progress=True)
     profiles = activation_profiles(opened.model, stats, {"in-sample": seen, "held-out": unseen}, progress=True)
