@@ -57,14 +57,15 @@ class GroupStats:
 class Stats:
     """Calibration statistics of one model.
 
-    `fingerprint` names the model they belong to; `hashes` are the hashed runs of the calibration text, by which
-    evaluation recognises text that it must not report on (see `texts.run_hashes`).
+    `fingerprint` names the model they belong to and `text` the source of the calibration text; `hashes` are the hashed
+    runs of that text, by which evaluation recognises what it must not report on (see `texts.run_hashes`).
     """
 
     groups: list[GroupStats]
     fingerprint: str
     tokens: int
     hashes: Tensor
+    text: str = ""
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises RankgateError if these statistics come from another model."""
@@ -78,6 +79,7 @@ class Stats:
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "tokens": self.tokens,
+            "text": self.text,
             "groups": [{"members": group.members, "tokens": group.tokens} for group in self.groups],
         }
         with atomic_path(path) as temporary:
@@ -97,7 +99,7 @@ class Stats:
                     GroupStats(tuple(group["members"]), file.get_tensor(f"C.{i}"), group["tokens"])
                     for i, group in enumerate(meta["groups"])
                 ]
-                return cls(groups, meta["fingerprint"], meta["tokens"], file.get_tensor("hashes"))
+                return cls(groups, meta["fingerprint"], meta["tokens"], file.get_tensor("hashes"), meta["text"])
         except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
             raise RankgateError(f"{path} is damaged or not a Rankgate statistics file; delete it") from error
 

@@ -225,7 +225,7 @@ def run_analyze(arguments: argparse.Namespace) -> None:
     show_table(*profiles_table(profiles))
     facts = {
         "model": model.name,
-        "calibration": f"{stats.tokens:,} tokens of {calibration_text(arguments)}",
+        "calibration": f"{stats.tokens:,} tokens of {stats.text}",
         "held out": f"{parts['held-out'].numel():,} tokens of {evaluation_text(arguments)}",
         "context": f"{arguments.context} tokens",
     }
@@ -248,7 +248,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
     with atomic_path(arguments.output) as temporary:
         model = opened(arguments.model)
         stats = calibrated(model, arguments) if method.needs_stats else None
-        origin = provenance(model, stats, calibration_text(arguments))
+        origin = provenance(model, stats)
         layers = convert_(model.model, method, stats, progress=True)
         checkpoint.Checkpoint(model.model, model.tokenizer, method, layers, origin).save(temporary)
     dense = [layer for layer in layers if layer.reason]

@@ -74,17 +74,18 @@ def statistics(
         check_text(apart_from, hashes, allow=False)
     if stats is None:
         stats = calibrate(opened.model, windows, progress=progress)
+        stats.text = str(Path(text).absolute()) if Path(text).is_file() else text
         if file is not None:
             stats.save(file)
     return stats
 
 
-def provenance(opened: Opened, stats: Stats | None, text: str) -> Provenance:
+def provenance(opened: Opened, stats: Stats | None) -> Provenance:
     """What a checkpoint records of `stats` (None: the method was not calibrated) and the dense model."""
     return Provenance(
         source=opened.name,
         fingerprint=fingerprint(opened.model),
-        calibration_text=text if stats else None,
+        calibration_text=stats.text if stats else None,
         calibration_tokens=stats.tokens if stats else 0,
         hashes=stats.hashes if stats else torch.empty(0, dtype=torch.int64),
     )
@@ -179,7 +180,7 @@ class Reference:
 
         Raises RankgateError if the text was calibrated on, unless `in_sample` allows it.
         """
-        origin = provenance(self.opened, stats if method.needs_stats else None, "")
+        origin = provenance(self.opened, stats if method.needs_stats else None)
         overlaps = check_text(self.windows, origin.hashes, allow=in_sample)
         model = twin(self.opened.model)
         layers = convert_(model, method, stats, progress=progress)

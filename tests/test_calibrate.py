@@ -42,10 +42,11 @@ def test_low_precision_models_are_accumulated_in_float32():
 def test_save_and_load(tmp_path):
     model = tiny_model("llama")
     stats = calibrated(model)
+    stats.text = "a source"
     stats.save(tmp_path / "stats")
     loaded = Stats.load(tmp_path / "stats")
     loaded.check(model)
-    assert loaded.tokens == stats.tokens and torch.equal(loaded.hashes, stats.hashes)
+    assert loaded.tokens == stats.tokens and loaded.text == stats.text and torch.equal(loaded.hashes, stats.hashes)
     for a, b in zip(stats.groups, loaded.groups, strict=True):
         assert a.members == b.members and a.tokens == b.tokens and torch.equal(a.C, b.C)
 

@@ -68,7 +68,8 @@ def test_converted_directory_gives_the_same_figures(run, model_dir, tmp_path):
 def test_statistics_are_kept_and_reused(run, refuses, model_dir, tmp_path):
     options = ("evaluate", model_dir, "--method", "asvd", "--stats", tmp_path / "stats", *SMALL, "--json")
     first = last(run(*options))
-    assert Stats.load(tmp_path / "stats").tokens == 640
+    kept = Stats.load(tmp_path / "stats")
+    assert kept.tokens == 640 and kept.text == "pydoc:calibration"
     assert last(run(*options, "--calibration-text", "not/read")) == first
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)
