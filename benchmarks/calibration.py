@@ -22,7 +22,7 @@ from provenance import SEED, write
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rankgate import cli
-from rankgate.calibrate import calibrate
+from rankgate.calibration import calibrate
 from rankgate.sources import DEFAULT, load, resolve
 from rankgate.terminal import quiet_libraries
 

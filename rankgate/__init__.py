@@ -11,26 +11,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankgate.calibrate import Stats, calibrate
+    from rankgate.calibration import Stats, calibrate
     from rankgate.convert import LayerReport, convert_, twin
     from rankgate.core import GatedLinear, Subspace
     from rankgate.errors import RankgateError
-    from rankgate.evaluate import Evaluation, evaluate
+    from rankgate.evaluation import Evaluation, evaluate
     from rankgate.methods import ASVDConfig, GSIConfig, SVDConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Stats": "calibrate",
-    "calibrate": "calibrate",
+    "Stats": "calibration",
+    "calibrate": "calibration",
     "LayerReport": "convert",
     "convert_": "convert",
     "twin": "convert",
     "GatedLinear": "core",
     "Subspace": "core",
     "RankgateError": "errors",
-    "Evaluation": "evaluate",
-    "evaluate": "evaluate",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
     "ASVDConfig": "methods",
     "GSIConfig": "methods",
     "SVDConfig": "methods",

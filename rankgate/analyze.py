@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankgate.calibrate import GroupStats, Stats, evaluation_mode
+from rankgate.calibration import GroupStats, Stats, evaluation_mode
 from rankgate.core import widen
 from rankgate.groups import linears, read_linear
 from rankgate.methods.svd import rank_at

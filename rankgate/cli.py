@@ -17,7 +17,7 @@ from rankgate.terminal import quiet_libraries, say, show_table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rankgate.calibrate import Stats
+    from rankgate.calibration import Stats
     from rankgate.methods import Method
     from rankgate.pipeline import Opened
 
@@ -313,7 +313,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from rankgate import checkpoint
-    from rankgate.evaluate import greedy
+    from rankgate.evaluation import greedy
 
     if checkpoint.is_checkpoint(arguments.model):
         say(f"loading {arguments.model}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankgate.calibrate import Stats
+from rankgate.calibration import Stats
 from rankgate.core import GatedLinear
 from rankgate.errors import RankgateError
 from rankgate.groups import NOT_CALLED, input_groups, linears, read_linear

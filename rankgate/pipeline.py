@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgate import checkpoint, sources, texts
-from rankgate.calibrate import Stats, calibrate, fingerprint
+from rankgate.calibration import Stats, calibrate, fingerprint
 from rankgate.checkpoint import Provenance
 from rankgate.convert import LayerReport, convert_, twin
 from rankgate.errors import RankgateError
-from rankgate.evaluate import Evaluation, TextComparison, compare_text, continuations, evaluate
+from rankgate.evaluation import Evaluation, TextComparison, compare_text, continuations, evaluate
 from rankgate.methods import Method
 
 PROMPT_TOKENS = 32

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 
 from rankgate import cli
-from rankgate.calibrate import Stats
+from rankgate.calibration import Stats
 
 SMALL = ("--context", "32", "--tokens", "96", "--calibration-tokens", "640", "--prompts", "2")
 NEEDED = ("ppl_dense", "ppl", "ppl_ratio", "top1", "kl_mean", "fire_rate", "read_speedup", "bits_per_weight", "tokens")

@@ -2,7 +2,7 @@ import pytest
 from conftest import calibrated, tiny_model, tokens
 
 from rankgate.convert import convert_, twin
-from rankgate.evaluate import evaluate
+from rankgate.evaluation import evaluate
 from rankgate.methods import ASVDConfig, GSIConfig
 from rankgate.pipeline import Conversion, Result
 from rankgate.tables import HEADERS, describe, markdown, row, verdict

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankgate.calibrate import GroupStats
+from rankgate.calibration import GroupStats
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from rankgate.calibrate import GroupStats
+from rankgate.calibration import GroupStats
 from rankgate.core import GatedLinear, Subspace, widen
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rankgate.calibrate import GroupStats
+from rankgate.calibration import GroupStats
 from rankgate.core import GatedLinear, Subspace, widen
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear

@@ -5,7 +5,7 @@ import torch
 from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
 from safetensors.torch import save_file
 
-from rankgate.calibrate import Stats, add_outer, calibrate
+from rankgate.calibration import Stats, add_outer, calibrate
 from rankgate.errors import RankgateError
 
 

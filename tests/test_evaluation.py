@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from rankgate.convert import convert_, twin
 from rankgate.errors import RankgateError
-from rankgate.evaluate import compare_text, continuations, evaluate, first_difference
+from rankgate.evaluation import compare_text, continuations, evaluate, first_difference
 from rankgate.methods import ASVDConfig, GSIConfig
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankgate.calibrate import evaluation_mode
+from rankgate.calibration import evaluation_mode
 from rankgate.errors import RankgateError
 from rankgate.gates import record_gates
 from rankgate.progress import track
