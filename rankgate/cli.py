@@ -93,9 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
 def add_method(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=("gsi", "svd", "asvd"), help="how to convert (default: gsi)")
-    group.add_argument("--rank", type=rank, metavar="INT_OR_FRACTION", help="k, or a share of full rank (gsi: 0.25)")
+    group.add_argument(
+        "--rank", type=rank, metavar="INT_OR_FRACTION", help="k, or a share of full rank (default: gsi 0.25, asvd 0.5)"
+    )
     group.add_argument("--eps", type=float, metavar="FLOAT", help="gsi: tolerance of the gate (default: 0.05)")
-    group.add_argument("--energy", type=float, metavar="FLOAT", help="svd, asvd: energy to keep (default: 0.9)")
+    group.add_argument(
+        "--energy", type=float, metavar="FLOAT", help="svd, asvd: share of energy to keep (default: svd 0.9)"
+    )
     group.add_argument("--basis", choices=("calibrated", "context"), help="gsi: where the subspace comes from")
     group.add_argument("--allow-larger", action="store_true", help="convert layers that do not get smaller, too")
 

@@ -20,7 +20,7 @@ HEADERS = (
 
 
 def describe(method: Mapping[str, Any]) -> str:
-    """'gsi k=n/4 eps=0.05' from the recorded settings of a method."""
+    """'gsi k=0.25·n eps=0.05' from the recorded settings of a method."""
     words = [method["name"]]
     rank = method.get("rank")
     if rank is not None:
