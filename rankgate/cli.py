@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("method")
+    group = parser.add_argument_group("method (evaluate without any of these: the dense model against itself)")
     group.add_argument("--method", choices=("gsi", "svd", "asvd"), help="how to convert (default: gsi)")
     group.add_argument(
         "--rank", type=rank, metavar="INT_OR_FRACTION", help="k, or a share of full rank (default: gsi 0.25, asvd 0.5)"
