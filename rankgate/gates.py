@@ -19,17 +19,11 @@ class GateLog:
 
     members: list[str] = field(default_factory=list)
     _fire: list[Tensor] = field(default_factory=list)
-    _ratio: list[Tensor] = field(default_factory=list)
     _columns: list[Tensor] = field(default_factory=list)
 
     @property
     def fire(self) -> Tensor:
         return torch.cat(self._fire)
-
-    @property
-    def ratio(self) -> Tensor:
-        """‖x − V z‖ / ‖x‖."""
-        return torch.cat(self._ratio)
 
     @property
     def rate(self) -> float:
@@ -42,9 +36,8 @@ class GateLog:
         return torch.cat(self._columns).float().mean().item() if self._columns else None
 
     def add(self, seen: Projection | ContextProjection) -> None:
-        assert seen.fire is not None and seen.ratio is not None
+        assert seen.fire is not None
         self._fire.append(seen.fire.flatten().cpu())
-        self._ratio.append(seen.ratio.flatten().cpu())
         if isinstance(seen, ContextProjection):
             self._columns.append(seen.columns.flatten().cpu())
 
