@@ -69,7 +69,7 @@ class Checkpoint:
         save_model(self.model, str(directory / TENSORS))
         manifest = {
             "format": FORMAT,
-            "method": {"name": self.method.name, **dataclasses.asdict(self.method)},
+            "method": self.method.record(),
             "provenance": {**dataclasses.asdict(self.provenance), "hashes": self.provenance.hashes.tolist()},
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "modules": _describe(self.model),

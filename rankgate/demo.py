@@ -51,7 +51,7 @@ def demo(
     runs = [(method, held_out) for method in METHODS] + [(IN_SAMPLE, in_sample)]
     results: list[Result] = []
     for number, (method, reference) in enumerate(runs, 1):
-        say(f"[{number} of {len(runs)}] {describe({'name': method.name, **vars(method)})}")
+        say(f"[{number} of {len(runs)}] {describe(method.record())}")
         results.append(reference.measure(method, stats, in_sample=reference is in_sample, progress=True))
     records = [{**result.record(), "fire_rates": None} for result in results]
     rows = [row(record) for record in records]
@@ -98,7 +98,6 @@ def _samples(results: list[Result]) -> list[tuple[str, str]]:
     samples = [("prompt", first.prompts[SHOWN_PROMPT]), ("dense", first.dense[SHOWN_PROMPT])]
     for result in results:
         if result.text and result.conversion and not result.conversion.in_sample:
-            method = result.conversion.method
-            title = describe({"name": method.name, **vars(method)})
+            title = describe(result.conversion.method.record())
             samples.append((title, result.text.converted[SHOWN_PROMPT]))
     return samples

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rankgate.core import InputGroup, Projection
+from rankgate.convert import converted_layers
+from rankgate.core import Projection
 from rankgate.methods.context import ContextProjection
 
 
@@ -46,10 +47,9 @@ class GateLog:
 def record_gates(model: nn.Module) -> Iterator[dict[nn.Module, GateLog]]:
     """While open, log every gated subspace of `model`; the dictionary is keyed by the subspace module."""
     logs: dict[nn.Module, GateLog] = {}
-    for name, module in model.named_modules():
-        subspace = getattr(module, "subspace", None)
-        if isinstance(subspace, InputGroup) and getattr(subspace, "eps", None) is not None:
-            logs.setdefault(subspace, GateLog()).members.append(name)
+    for name, layer in converted_layers(model):
+        if layer.subspace.eps is not None:
+            logs.setdefault(layer.subspace, GateLog()).members.append(name)
     handles = [
         subspace.register_forward_hook(lambda _, args, seen, log=log: log.add(seen)) for subspace, log in logs.items()
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,7 @@ class Result:
         """The row as plain JSON values."""
         done, e, reads = self.conversion, self.evaluation, self.evaluation.reads
         return {
-            "method": {"name": done.method.name, **dataclasses.asdict(done.method)} if done else {"name": "dense"},
+            "method": done.method.record() if done else {"name": "dense"},
             "in_sample": done is not None and done.in_sample,
             "calibration_tokens": done.calibration_tokens if done else 0,
             "layers": len(done.layers) if done else 0,
@@ -180,11 +179,12 @@ class Reference:
 
         Raises RankgateError if the text was calibrated on, unless `in_sample` allows it.
         """
-        origin = provenance(self.opened, stats if method.needs_stats else None)
-        overlaps = check_text(self.windows, origin.hashes, allow=in_sample)
+        used = stats if method.needs_stats else None
+        overlaps = used is not None and check_text(self.windows, used.hashes, allow=in_sample)
         model = twin(self.opened.model)
         layers = convert_(model, method, stats, progress=progress)
-        return self.compare(model, Conversion(method, layers, origin.calibration_tokens, overlaps), progress=progress)
+        done = Conversion(method, layers, used.tokens if used else 0, overlaps)
+        return self.compare(model, done, progress=progress)
 
 
 def measure_checkpoint(

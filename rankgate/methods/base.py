@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,10 @@ class Method(ABC):
     @abstractmethod
     def rewrite(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
         """Rewrite the linears of one input group, in order."""
+
+    def record(self) -> dict[str, Any]:
+        """The method's name and settings as plain JSON values."""
+        return {"name": self.name, **asdict(self)}
 
     def attach(self, model: PreTrainedModel) -> None:  # noqa: B027  most methods need nothing
         """Install what the method needs on the converted model as a whole. Called after conversion and loading."""
