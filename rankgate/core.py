@@ -130,6 +130,38 @@ class GatedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class ChannelGate(InputGroup[Tensor]):
+    """Which channels of x a token needs: |x_j| > t_j, a bool mask (..., n). `threshold` t: (n,) float32."""
+
+    def __init__(self, threshold: Tensor) -> None:
+        super().__init__()
+        self.threshold = frozen(threshold)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs() > self.threshold
+
+
+class SparseLinear(nn.Module):
+    """y = Σ_{j : |x_j| > t_j} W_j x_j + bias: columns of W (m × n) are the residual, and there is no subspace."""
+
+    def __init__(self, gate: ChannelGate, W: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.gate = gate
+        self.W = frozen(W)
+        self.bias = None if bias is None else frozen(bias)
+
+    @property
+    def in_features(self) -> int:
+        return self.W.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.W.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x * self.gate.shared(x), self.W, self.bias)
+
+
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter without gradient on the same storage as `tensor`."""
     return nn.Parameter(tensor.detach(), requires_grad=False)

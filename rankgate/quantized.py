@@ -1,0 +1,173 @@
+"""Quantised residuals: the storage of `lrq`, `int8` and `int4`, and what it means, in plain torch.
+
+An input group (q/k/v, gate/up) is one matrix W (m × n) here, its members' rows stacked:
+
+    y = Q x  +  A (B x)  +  Σ_{j : |x_j| > t_j} E_j x_j
+
+`Q`     4 or 8 bits, always read: W in groups of 64 inputs with one scale (and, if asymmetric, one zero) each.
+`A B`   the always-on subspace: a low-rank correction of the rounding error, 8 bits with a scale per component.
+`E`     the refinement plane, 4 bits, stored by column: channel j is read by the tokens whose x_j exceeds t_j.
+
+`QuantizedGroup.reference` is the oracle; `ops` dispatches to kernels that read the packed bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankgate import ops
+from rankgate.core import ChannelGate, InputGroup, frozen, widen
+
+GROUP = 64  # inputs that share a scale
+NIBBLE_ZERO = 8  # what the nibble of a weight of zero is on a symmetric grid
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes 0…15 (rows × multiple of 64) as bytes (rows × half): of each 64, the first 32 are the low nibbles."""
+    blocks = codes.to(torch.uint8).unflatten(-1, (-1, 2, GROUP // 2))
+    return (blocks[..., 0, :] | (blocks[..., 1, :] << 4)).flatten(-2)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Undo `pack_nibbles`: uint8 codes 0…15."""
+    blocks = packed.unflatten(-1, (-1, GROUP // 2))
+    return torch.stack([blocks & 15, blocks >> 4], dim=-2).flatten(-3)
+
+
+def pad_to_group(x: Tensor, value: float = 0) -> Tensor:
+    """`x` with its last dimension padded to a multiple of 64."""
+    return F.pad(x, (0, -x.shape[-1] % GROUP), value=value)
+
+
+class QuantizedMatrix(nn.Module):
+    """W ≈ s (q − z), groups of 64 along n.
+
+    codes: (m, ⌈n/64⌉·64) int8, or (m, ⌈n/64⌉·32) uint8 holding two 4-bit codes each.  scale: (m, ⌈n/64⌉) bfloat16.
+    zero: (m, ⌈n/64⌉) int8, or None on a symmetric grid (z = 8 at 4 bits, 0 at 8).
+    """
+
+    def __init__(self, n: int, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        super().__init__()
+        self.n = n
+        self.codes, self.scale = frozen(codes), frozen(scale)
+        self.zero = None if zero is None else frozen(zero)
+
+    @classmethod
+    def pack(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> QuantizedMatrix:
+        """From integer codes (m × n): 0…15 at 4 bits, −128…127 at 8."""
+        padded = pad_to_group(codes, value=NIBBLE_ZERO if bits == 4 else 0)
+        stored = pack_nibbles(padded) if bits == 4 else padded.to(torch.int8)
+        return cls(codes.shape[1], stored.contiguous(), scale.to(torch.bfloat16), zero)
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.codes.dtype == torch.uint8 else 8
+
+    @property
+    def m(self) -> int:
+        return self.codes.shape[0]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W (m × n)."""
+        codes = unpack_nibbles(self.codes).to(torch.int8) if self.bits == 4 else self.codes
+        grouped = codes.unflatten(-1, (-1, GROUP)).float()
+        zero: Tensor | int = NIBBLE_ZERO if self.bits == 4 else 0
+        if self.zero is not None:
+            zero = self.zero.float()[..., None]
+        W = (grouped - zero) * self.scale.float()[..., None]
+        return W.flatten(-2)[:, : self.n].to(dtype)
+
+
+class LowRank(nn.Module):
+    """A diag(s) B with A: (m, r) int8, B: (r, n) int8 and s: (r,) float32."""
+
+    def __init__(self, A: Tensor, B: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.A, self.B, self.scale = frozen(A), frozen(B), frozen(scale)
+
+    @classmethod
+    def round(cls, A: Tensor, B: Tensor) -> LowRank:
+        """The nearest 8-bit factors of A (m × r) and B (r × n)."""
+        a, b = (v.abs().amax(dim).clamp_min(1e-20) / 127 for v, dim in ((A, 0), (B, 1)))
+        return cls((A / a).round().to(torch.int8), (B / b[:, None]).round().to(torch.int8), (a * b).float())
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[0]
+
+    def dequantize(self) -> Tensor:
+        """The product (m × n), float32."""
+        return (self.A.float() * self.scale) @ self.B.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        return F.linear(F.linear(x, self.B.to(dtype)) * self.scale.to(dtype), self.A.to(dtype))
+
+
+class Refinement(nn.Module):
+    """E_ij = row_i column_j (code_ij − 8), stored by column: codes (n, ⌈m/64⌉·32) uint8; row, column bfloat16."""
+
+    def __init__(self, m: int, codes: Tensor, row: Tensor, column: Tensor, threshold: Tensor) -> None:
+        super().__init__()
+        self.m = m
+        self.codes, self.row, self.column = frozen(codes), frozen(row), frozen(column)
+        self.gate = ChannelGate(threshold)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """E (m × n)."""
+        codes = unpack_nibbles(self.codes)[:, : self.m].T.to(torch.int8) - NIBBLE_ZERO
+        return (codes.float() * self.row.float()[:, None] * self.column.float()).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x * self.gate.shared(x), self.dequantize(x.dtype))
+
+
+class QuantizedGroup(InputGroup[Tensor]):
+    """All rows of an input group: y (…, m) from x (…, n)."""
+
+    def __init__(self, base: QuantizedMatrix, low_rank: LowRank | None, refinement: Refinement | None) -> None:
+        super().__init__()
+        self.base, self.low_rank, self.refinement = base, low_rank, refinement
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.quantized(self, x)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The definition, in float32 or better; also the path of prefill and batches."""
+        wide = widen(x)
+        y = F.linear(wide, self.base.dequantize(wide.dtype))
+        if self.low_rank is not None:
+            y += self.low_rank(wide)
+        if self.refinement is not None:
+            y += self.refinement(wide)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        rank = self.low_rank.rank if self.low_rank else 0
+        return f"bits={self.base.bits}, rank={rank}, refined={self.refinement is not None}"
+
+
+class QuantizedLinear(nn.Module):
+    """Rows start … stop of a `QuantizedGroup`, and a bias (stop − start,) or None."""
+
+    def __init__(self, group: QuantizedGroup, start: int, stop: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group, self.start, self.stop = group, start, stop
+        self.bias = None if bias is None else frozen(bias)
+
+    @property
+    def in_features(self) -> int:
+        return self.group.base.n
+
+    @property
+    def out_features(self) -> int:
+        return self.stop - self.start
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.group.shared(x)[..., self.start : self.stop]
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
