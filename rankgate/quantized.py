@@ -13,15 +13,28 @@ An input group (q/k/v, gate/up) is one matrix W (m × n) here, its members' rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankgate import ops
 from rankgate.core import ChannelGate, InputGroup, frozen, widen
+from rankgate.errors import RankgateError
 
 GROUP = 64  # inputs that share a scale
+COLUMN_ROWS = 128  # rows of a column that lie side by side: 64 bytes, one cache line
 NIBBLE_ZERO = 8  # what the nibble of a weight of zero is on a symmetric grid
+
+
+def grid(bits: int) -> tuple[int, int, int]:
+    """Lowest and highest code, and the code of zero on a symmetric grid. Raises RankgateError unless 4 or 8 bits."""
+    if bits not in (4, 8):
+        raise RankgateError(f"{bits} bits are not supported; use 4 or 8")
+    return (0, 15, NIBBLE_ZERO) if bits == 4 else (-128, 127, 0)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -107,7 +120,11 @@ class LowRank(nn.Module):
 
 
 class Refinement(nn.Module):
-    """E_ij = row_i column_j (code_ij − 8), stored by column: codes (n, ⌈m/64⌉·32) uint8; row, column bfloat16."""
+    """E_ij = row_i column_j (code_ij − 8), 4 bits, so stored that a thread reads channel j of its rows in one piece.
+
+    codes: (⌈m/128⌉, n, 64) uint8, the codes of 128 rows of one column side by side.  row: (m,), column: (n,) bfloat16.
+    threshold: (n,) float32, see `ChannelGate`.
+    """
 
     def __init__(self, m: int, codes: Tensor, row: Tensor, column: Tensor, threshold: Tensor) -> None:
         super().__init__()
@@ -115,9 +132,17 @@ class Refinement(nn.Module):
         self.codes, self.row, self.column = frozen(codes), frozen(row), frozen(column)
         self.gate = ChannelGate(threshold)
 
+    @classmethod
+    def pack(cls, codes: Tensor, row: Tensor, column: Tensor, threshold: Tensor) -> Refinement:
+        """From codes 0…15 (m × n)."""
+        m = codes.shape[0]
+        padded = F.pad(codes, (0, 0, 0, -m % COLUMN_ROWS), value=NIBBLE_ZERO)
+        stored = pack_nibbles(padded.unflatten(0, (-1, COLUMN_ROWS)).transpose(1, 2))
+        return cls(m, stored.contiguous(), row.to(torch.bfloat16), column.to(torch.bfloat16), threshold.float())
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """E (m × n)."""
-        codes = unpack_nibbles(self.codes)[:, : self.m].T.to(torch.int8) - NIBBLE_ZERO
+        codes = unpack_nibbles(self.codes).transpose(1, 2).flatten(0, 1)[: self.m].to(torch.int8) - NIBBLE_ZERO
         return (codes.float() * self.row.float()[:, None] * self.column.float()).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,19 +155,61 @@ class QuantizedGroup(InputGroup[Tensor]):
     def __init__(self, base: QuantizedMatrix, low_rank: LowRank | None, refinement: Refinement | None) -> None:
         super().__init__()
         self.base, self.low_rank, self.refinement = base, low_rank, refinement
+        self._table: np.ndarray | None = None
+
+    @classmethod
+    def empty(cls, m: int, n: int, bits: int, symmetric: bool, *, rank: int, refined: bool) -> QuantizedGroup:
+        """A group of these dimensions, its tensors not filled in."""
+        blocks, rows = -(-n // GROUP), -(-m // GROUP)
+        codes = torch.empty(m, blocks * GROUP // 2, dtype=torch.uint8)
+        if bits == 8:
+            codes = torch.empty(m, blocks * GROUP, dtype=torch.int8)
+        zero = None if symmetric else torch.empty(m, blocks, dtype=torch.int8)
+        base = QuantizedMatrix(n, codes, torch.empty(m, blocks, dtype=torch.bfloat16), zero)
+        low_rank = refinement = None
+        if rank:
+            factors = (torch.empty(shape, dtype=torch.int8) for shape in ((m, rank), (rank, n)))
+            low_rank = LowRank(*factors, torch.empty(rank))
+        if refined:
+            packed = torch.empty(n, rows * GROUP // 2, dtype=torch.uint8)
+            row, column = (torch.empty(size, dtype=torch.bfloat16) for size in (m, n))
+            refinement = Refinement(m, packed, row, column, torch.empty(n))
+        return cls(base, low_rank, refinement)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.quantized(self, x)
 
-    def reference(self, x: Tensor) -> Tensor:
-        """The definition, in float32 or better; also the path of prefill and batches."""
+    def reference(self, x: Tensor, Q: Tensor | None = None) -> Tensor:
+        """The definition, in float32 or better. `Q`: the base (m × n) float32 if it is unpacked already."""
         wide = widen(x)
-        y = F.linear(wide, self.base.dequantize(wide.dtype))
+        y = F.linear(wide, (self.base.dequantize() if Q is None else Q).to(wide.dtype))
         if self.low_rank is not None:
             y += self.low_rank(wide)
         if self.refinement is not None:
             y += self.refinement(wide)
         return y.to(x.dtype)
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody logs the gate, which kernels do not report."""
+        return self.refinement is not None and bool(self.refinement.gate._forward_hooks)
+
+    def table(self, build: Callable[[QuantizedGroup], np.ndarray]) -> int:
+        """Address of what a kernel knows of this group's tensors, built once and again when they have moved."""
+        if self._table is None:
+            self._table = build(self)
+        return self._table.ctypes.data
+
+    def _apply(self, *args: Any, **kwargs: Any) -> QuantizedGroup:
+        self._table = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._table = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_table": None}
 
     def extra_repr(self) -> str:
         rank = self.low_rank.rank if self.low_rank else 0

@@ -1,15 +1,44 @@
-"""Kernels behind one signature each; the choice is made here and nowhere else."""
+"""Kernels behind one signature each; the choice between them is made here and nowhere else.
+
+A kernel module is imported when it is first needed: `ops.cpu` brings Numba.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from rankgate.quantized import QuantizedGroup
 
+FEW = 8  # tokens up to which one matrix-vector product each is faster than unpacking the matrix
+
+_library = torch.library.Library("rankgate", "DEF")
+_library.define("quantized_gemv(Tensor x, int table, int m) -> Tensor")
+
+
+def _gemv(x: Tensor, table: int, m: int) -> Tensor:
+    from rankgate.ops import cpu
+
+    return cpu.gemv(x, table, m)
+
+
+_library.impl("quantized_gemv", _gemv, "CPU")
+_library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
+
 
 def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
-    """y (…, m) of a quantised input group: the CPU kernel for one token, the matrix-matrix path for more."""
+    """y (…, m) of a quantised input group.
+
+    A few tokens on the CPU take the kernel that reads packed bytes; more of them share one unpacked matrix.
+    """
+    if x.device.type == "cpu" and group.base.codes.device.type == "cpu" and not group.watched and not x.requires_grad:
+        from rankgate.ops import cpu
+
+        if x.numel() <= FEW * x.shape[-1]:
+            y: Tensor = torch.ops.rankgate.quantized_gemv(x, group.table(cpu.table_of), group.base.m)
+            return y
+        return group.reference(x, cpu.dequantize(group.base))
     return group.reference(x)

@@ -1,0 +1,237 @@
+"""LLVM vector code for the inner loops of `ops.cpu`, as Numba intrinsics.
+
+Numba's own loops over packed codes do not vectorise well, so the few that matter are emitted as vectors that LLVM maps to
+whatever the processor has. Addresses are plain 64-bit integers.
+
+A row meets x as 16-bit integers with one scale per block of 64: codes of 4 or 8 bits times 16-bit values summed in
+32 bits is exact, is one instruction for 16 products on most processors, and rounds x far below the rounding of the weights.
+A column is added with float32 arithmetic. Its nibbles become floats without a conversion: four bits put at the top of the
+mantissa of 1.0 give 1 + q/16, and offset and factor leave the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+GROUP = 64  # codes per block: inputs with one scale in a row, outputs in a chunk of a column
+LANES = 8  # of 32 bits
+PAIRS = 2 * LANES  # lanes of 16 bits
+WORD, SHORT, BYTE, FLOAT = ir.IntType(32), ir.IntType(16), ir.IntType(8), ir.FloatType()
+WORDS, SHORTS, FLOATS = ir.VectorType(WORD, LANES), ir.VectorType(SHORT, PAIRS), ir.VectorType(FLOAT, LANES)
+MANTISSA_TOP = 19  # lowest of the four highest mantissa bits
+MASK, ONE = 15 << MANTISSA_TOP, 0x3F800000
+HAS_PMADDWD = bool(binding.get_host_cpu_features().get("avx2"))
+
+
+def row_order() -> list[int]:
+    """Where element i of a block must lie to meet its nibble in a row: vector k holds nibble k of each 16-bit lane."""
+    return [32 * (k % 2) + 2 * lane + k // 2 for k in range(4) for lane in range(PAIRS)]
+
+
+def column_order() -> list[int]:
+    """The same for `add_columns`: vector k holds nibble k of each 32-bit lane."""
+    return [32 * (k % 2) + 4 * lane + k // 2 for k in range(8) for lane in range(LANES)]
+
+
+def _load(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(builder.add(address, offset), kind.as_pointer()), align=1)
+
+
+def _times(builder: Any, value: Any, factor: int) -> Any:
+    return builder.mul(value, value.type(factor))
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    first = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, WORD(0))
+    return builder.shuffle_vector(first, first, ir.Constant(WORDS, [0] * LANES))
+
+
+def _constant(value: float, kind: Any = FLOATS) -> Any:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=["fast"]), c, flags=["fast"])
+
+
+def _bfloat16(builder: Any, address: Any, offset: Any) -> Any:
+    bits = builder.zext(_load(builder, address, offset, ir.IntType(16)), WORD)
+    return builder.bitcast(builder.shl(bits, WORD(16)), FLOAT)
+
+
+def _sum(builder: Any, vector: Any) -> Any:
+    kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+    reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
+    return builder.call(reduce, [FLOAT(0.0), vector], fastmath=["fast"])
+
+
+def _short_nibbles(builder: Any, address: Any, offset: Any) -> list[Any]:
+    """64 nibbles as four vectors of 16-bit integers, in `row_order`."""
+    lanes = _load(builder, address, offset, SHORTS)
+    moved = [builder.lshr(lanes, _constant(4 * k, SHORTS)) for k in range(4)]
+    return [builder.and_(lane, _constant(15, SHORTS)) for lane in moved]
+
+
+def _short_bytes(builder: Any, address: Any, offset: Any) -> list[Any]:
+    """64 signed bytes as four vectors of 16-bit integers, in order."""
+    raw = [_load(builder, address, builder.add(offset, offset.type(i)), ir.VectorType(BYTE, PAIRS)) for i in range(0, GROUP, PAIRS)]
+    return [builder.sext(part, SHORTS) for part in raw]
+
+
+def _add_products(builder: Any, a: Any, b: Any, total: Any) -> Any:
+    """total + a_even b_even + a_odd b_odd: 16-bit lanes to 32-bit lanes (`pmaddwd`)."""
+    if HAS_PMADDWD:
+        kind = ir.FunctionType(WORDS, [SHORTS, SHORTS])
+        multiply = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd")
+        return builder.add(total, builder.call(multiply, [a, b]))
+    for start in (0, 1):
+        mask = ir.Constant(WORDS, list(range(start, PAIRS, 2)))
+        picked = [builder.sext(builder.shuffle_vector(v, v, mask), WORDS) for v in (a, b)]
+        total = builder.add(total, builder.mul(*picked))
+    return total
+
+
+def _float_nibbles(builder: Any, address: Any, offset: Any) -> list[Any]:
+    """64 nibbles as eight vectors of 1 + q/16, in `column_order`."""
+    words = _load(builder, address, offset, WORDS)
+    vectors = []
+    for k in range(8):
+        shift = MANTISSA_TOP - 4 * k
+        move = builder.shl if shift >= 0 else builder.lshr
+        moved = move(words, _constant(abs(shift), WORDS))
+        bits = builder.or_(builder.and_(moved, _constant(MASK, WORDS)), _constant(ONE, WORDS))
+        vectors.append(builder.bitcast(bits, FLOATS))
+    return vectors
+
+
+def _row_dot(load: Callable[[Any, Any, Any], list[Any]], width: int, has_zero: bool) -> Any:
+    @intrinsic
+    def row_dot(_: Any, codes: Any, scale: Any, zero: Any, x: Any, x_scale: Any, shifts: Any, blocks: Any) -> Any:
+        """Σ over blocks of s s_x (Σ q x + shift) for one row.
+
+        Addresses of its codes, bfloat16 scales and int8 zeros; of x (int16), its float32 scales, and one int32 shift per
+        block: −z Σ x where all rows have the same zero z, and −Σ x, to be multiplied by z, where each block has its own.
+        """
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes, scale, zero, x, x_scale, shifts, blocks = arguments
+            total = cgutils.alloca_once_value(builder, _constant(0.0))
+            with cgutils.for_range(builder, blocks) as loop:
+                g = loop.index
+                shift = _load(builder, shifts, _times(builder, g, 4), WORD)
+                if has_zero:
+                    shift = builder.mul(shift, builder.sext(_load(builder, zero, g, BYTE), WORD))
+                dot = builder.insert_element(_constant(0, WORDS), shift, WORD(0))
+                for i, w in enumerate(load(builder, codes, _times(builder, g, width))):
+                    offset = builder.add(_times(builder, g, 2 * GROUP), g.type(2 * PAIRS * i))
+                    dot = _add_products(builder, w, _load(builder, x, offset, SHORTS), dot)
+                s = builder.fmul(
+                    _bfloat16(builder, scale, _times(builder, g, 2)), _load(builder, x_scale, _times(builder, g, 4), FLOAT)
+                )
+                builder.store(
+                    _fma(builder, _splat(builder, s), builder.sitofp(dot, FLOATS), builder.load(total)), total
+                )
+            return _sum(builder, builder.load(total))
+
+        return types.float32(codes, scale, zero, x, x_scale, shifts, blocks), codegen
+
+    return row_dot
+
+
+row_dot_nibbles, row_dot_nibbles_zero = (_row_dot(_short_nibbles, GROUP // 2, zero) for zero in (False, True))
+row_dot_bytes, row_dot_bytes_zero = (_row_dot(_short_bytes, GROUP, zero) for zero in (False, True))
+
+
+@intrinsic
+def dot_bytes(_: Any, codes: Any, x: Any, eighths: Any) -> Any:
+    """Σ q x over 8 · `eighths` signed bytes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, x, eighths = arguments
+        total = cgutils.alloca_once_value(builder, _constant(0.0))
+        with cgutils.for_range(builder, eighths) as loop:
+            raw = _load(builder, codes, _times(builder, loop.index, LANES), ir.VectorType(BYTE, LANES))
+            w = builder.sitofp(builder.sext(raw, WORDS), FLOATS)
+            values = _load(builder, x, _times(builder, loop.index, 4 * LANES), FLOATS)
+            builder.store(_fma(builder, w, values, builder.load(total)), total)
+        return _sum(builder, builder.load(total))
+
+    return types.float32(codes, x, eighths), codegen
+
+
+@intrinsic
+def add_columns(_: Any, codes: Any, stride: Any, channels: Any, coefficients: Any, count: Any, out: Any) -> Any:
+    """out[64] = Σ over `count` open channels j of coefficient · (1 + q_j/16), in `column_order`.
+
+    codes: address of the chunk in column 0; stride: bytes per column; channels: int64 indices.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, stride, channels, coefficients, count, out = arguments
+        totals = [cgutils.alloca_once_value(builder, _constant(0.0)) for _ in range(8)]
+        with cgutils.for_range(builder, count) as loop:
+            j = _load(builder, channels, _times(builder, loop.index, 8), ir.IntType(64))
+            c = _splat(builder, _load(builder, coefficients, _times(builder, loop.index, 4), FLOAT))
+            for total, w in zip(totals, _float_nibbles(builder, codes, builder.mul(j, stride)), strict=True):
+                builder.store(_fma(builder, c, w, builder.load(total)), total)
+        for k, total in enumerate(totals):
+            address = builder.add(out, out.type(4 * LANES * k))
+            builder.store(builder.load(total), builder.inttoptr(address, FLOATS.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(codes, stride, channels, coefficients, count, out), codegen
+
+
+@intrinsic
+def prefetch_columns(_: Any, codes: Any, stride: Any, channels: Any, count: Any) -> Any:
+    """Ask for one cache line of each open channel; arguments as for `add_columns`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, stride, channels, count = arguments
+        pointer = BYTE.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, WORD, WORD, WORD])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        with cgutils.for_range(builder, count) as loop:
+            j = _load(builder, channels, _times(builder, loop.index, 8), ir.IntType(64))
+            line = builder.inttoptr(builder.add(codes, builder.mul(j, stride)), pointer)
+            builder.call(prefetch, [line, WORD(0), WORD(3), WORD(1)])  # read, keep in all caches, data
+        return context.get_dummy_value()
+
+    return types.void(codes, stride, channels, count), codegen
+
+
+def _reader(kind: Any, convert: Callable[[Any, Any, Any], Any]) -> Any:
+    @intrinsic
+    def read(_: Any, address: Any, offset: Any) -> Any:
+        """The value at `address` + `offset` bytes."""
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return convert(builder, *arguments)
+
+        return kind(address, offset), codegen
+
+    return read
+
+
+read_int64 = _reader(types.int64, lambda b, address, offset: _load(b, address, offset, ir.IntType(64)))
+read_float = _reader(types.float32, lambda b, address, offset: _load(b, address, offset, FLOAT))
+read_bfloat16 = _reader(types.float32, _bfloat16)
+read_int8 = _reader(types.float32, lambda b, address, offset: b.sitofp(_load(b, address, offset, BYTE), FLOAT))
+
+
+@intrinsic
+def write_float(_: Any, address: Any, offset: Any, value: Any) -> Any:
+    """Store a float32 at `address` + `offset` bytes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, offset, value = arguments
+        builder.store(value, builder.inttoptr(builder.add(address, offset), FLOAT.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(address, offset, types.float32), codegen
