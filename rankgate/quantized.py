@@ -39,13 +39,13 @@ def grid(bits: int) -> tuple[int, int, int]:
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Codes 0…15 (rows × multiple of 64) as bytes (rows × half): of each 64, the first 32 are the low nibbles."""
-    blocks = codes.to(torch.uint8).unflatten(-1, (-1, 2, GROUP // 2))
+    blocks: Tensor = codes.to(torch.uint8).unflatten(-1, (-1, 2, GROUP // 2))
     return (blocks[..., 0, :] | (blocks[..., 1, :] << 4)).flatten(-2)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """Undo `pack_nibbles`: uint8 codes 0…15."""
-    blocks = packed.unflatten(-1, (-1, GROUP // 2))
+    blocks: Tensor = packed.unflatten(-1, (-1, GROUP // 2))
     return torch.stack([blocks & 15, blocks >> 4], dim=-2).flatten(-3)
 
 
@@ -89,7 +89,7 @@ class QuantizedMatrix(nn.Module):
         zero: Tensor | int = NIBBLE_ZERO if self.bits == 4 else 0
         if self.zero is not None:
             zero = self.zero.float()[..., None]
-        W = (grouped - zero) * self.scale.float()[..., None]
+        W: Tensor = (grouped - zero) * self.scale.float()[..., None]
         return W.flatten(-2)[:, : self.n].to(dtype)
 
 
@@ -160,7 +160,7 @@ class QuantizedGroup(InputGroup[Tensor]):
     @classmethod
     def empty(cls, m: int, n: int, bits: int, symmetric: bool, *, rank: int, refined: bool) -> QuantizedGroup:
         """A group of these dimensions, its tensors not filled in."""
-        blocks, rows = -(-n // GROUP), -(-m // GROUP)
+        blocks = -(-n // GROUP)
         codes = torch.empty(m, blocks * GROUP // 2, dtype=torch.uint8)
         if bits == 8:
             codes = torch.empty(m, blocks * GROUP, dtype=torch.int8)
@@ -168,10 +168,10 @@ class QuantizedGroup(InputGroup[Tensor]):
         base = QuantizedMatrix(n, codes, torch.empty(m, blocks, dtype=torch.bfloat16), zero)
         low_rank = refinement = None
         if rank:
-            factors = (torch.empty(shape, dtype=torch.int8) for shape in ((m, rank), (rank, n)))
-            low_rank = LowRank(*factors, torch.empty(rank))
+            A, B = (torch.empty(shape, dtype=torch.int8) for shape in ((m, rank), (rank, n)))
+            low_rank = LowRank(A, B, torch.empty(rank))
         if refined:
-            packed = torch.empty(n, rows * GROUP // 2, dtype=torch.uint8)
+            packed = torch.empty(-(-m // COLUMN_ROWS), n, COLUMN_ROWS // 2, dtype=torch.uint8)
             row, column = (torch.empty(size, dtype=torch.bfloat16) for size in (m, n))
             refinement = Refinement(m, packed, row, column, torch.empty(n))
         return cls(base, low_rank, refinement)
@@ -200,9 +200,10 @@ class QuantizedGroup(InputGroup[Tensor]):
             self._table = build(self)
         return self._table.ctypes.data
 
-    def _apply(self, *args: Any, **kwargs: Any) -> QuantizedGroup:
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedGroup:
         self._table = None
-        return super()._apply(*args, **kwargs)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._table = None

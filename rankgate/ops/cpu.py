@@ -126,7 +126,9 @@ def _refine(table: int, chunk: int, stop: int, channels: Any, coefficients: Any,
     for k in range(count):
         total += coefficients[k]
     sums = np.empty(GROUP, np.float32)
-    add_columns(_columns_of(table, chunk), GROUP, channels.ctypes.data, coefficients.ctypes.data, count, sums.ctypes.data)
+    add_columns(
+        _columns_of(table, chunk), GROUP, channels.ctypes.data, coefficients.ctypes.data, count, sums.ctypes.data
+    )
     for i in range(GROUP):
         r = chunk + COLUMN_ORDER[i]
         if r < stop:
@@ -189,7 +191,9 @@ def _dequantize(codes: Any, scale: Any, zero: Any, out: Any) -> None:
 def dequantize(matrix: QuantizedMatrix) -> Tensor:
     """`QuantizedMatrix.dequantize` (m × n, float32), some times faster."""
     scale = matrix.scale.detach().view(torch.int16)
-    zero = torch.full(scale.shape, 8 if matrix.bits == 4 else 0, dtype=torch.int8) if matrix.zero is None else matrix.zero
+    zero = (
+        torch.full(scale.shape, 8 if matrix.bits == 4 else 0, dtype=torch.int8) if matrix.zero is None else matrix.zero
+    )
     out = torch.empty(matrix.m, scale.shape[1] * GROUP)
     _dequantize(matrix.codes.detach().numpy(), scale.numpy(), zero.detach().numpy(), out.numpy())
     return out[:, : matrix.n]
@@ -198,7 +202,14 @@ def dequantize(matrix: QuantizedMatrix) -> Tensor:
 def table_of(group: QuantizedGroup) -> np.ndarray:
     """Shapes and addresses of a group's tensors. Valid while the tensors stay where they are."""
     base, low_rank, refinement = group.base, group.low_rank, group.refinement
-    fields: dict[int, Any] = {M: base.m, N: base.n, BITS: base.bits, CODES: base.codes, SCALE: base.scale, ZERO: base.zero}
+    fields: dict[int, Any] = {
+        M: base.m,
+        N: base.n,
+        BITS: base.bits,
+        CODES: base.codes,
+        SCALE: base.scale,
+        ZERO: base.zero,
+    }
     if low_rank is not None:
         fields |= {RANK: low_rank.rank, A: low_rank.A, B: low_rank.B, COMPONENT: low_rank.scale}
     if refinement is not None:

@@ -1,12 +1,12 @@
 """LLVM vector code for the inner loops of `ops.cpu`, as Numba intrinsics.
 
-Numba's own loops over packed codes do not vectorise well, so the few that matter are emitted as vectors that LLVM maps to
-whatever the processor has. Addresses are plain 64-bit integers.
+Numba's own loops over packed codes do not vectorise well, so the few that matter are emitted as vectors, which LLVM
+maps to whatever the processor has. Addresses are plain 64-bit integers.
 
 A row meets x as 16-bit integers with one scale per block of 64: codes of 4 or 8 bits times 16-bit values summed in
-32 bits is exact, is one instruction for 16 products on most processors, and rounds x far below the rounding of the weights.
-A column is added with float32 arithmetic. Its nibbles become floats without a conversion: four bits put at the top of the
-mantissa of 1.0 give 1 + q/16, and offset and factor leave the loop.
+32 bits is exact, is one instruction for 16 products on most processors, and rounds x far below the rounding of the
+weights. A column is added with float32 arithmetic. Its nibbles become floats without a conversion: four bits put at the
+top of the mantissa of 1.0 give 1 + q/16, and offset and factor leave the loop.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def _short_nibbles(builder: Any, address: Any, offset: Any) -> list[Any]:
 
 def _short_bytes(builder: Any, address: Any, offset: Any) -> list[Any]:
     """64 signed bytes as four vectors of 16-bit integers, in order."""
-    raw = [_load(builder, address, builder.add(offset, offset.type(i)), ir.VectorType(BYTE, PAIRS)) for i in range(0, GROUP, PAIRS)]
+    raw = [
+        _load(builder, address, builder.add(offset, offset.type(i)), ir.VectorType(BYTE, PAIRS))
+        for i in range(0, GROUP, PAIRS)
+    ]
     return [builder.sext(part, SHORTS) for part in raw]
 
 
@@ -115,8 +118,8 @@ def _row_dot(load: Callable[[Any, Any, Any], list[Any]], width: int, has_zero: b
     def row_dot(_: Any, codes: Any, scale: Any, zero: Any, x: Any, x_scale: Any, shifts: Any, blocks: Any) -> Any:
         """Σ over blocks of s s_x (Σ q x + shift) for one row.
 
-        Addresses of its codes, bfloat16 scales and int8 zeros; of x (int16), its float32 scales, and one int32 shift per
-        block: −z Σ x where all rows have the same zero z, and −Σ x, to be multiplied by z, where each block has its own.
+        Addresses of its codes, bfloat16 scales and int8 zeros; of x (int16), its float32 scales, and one int32 shift
+        per block: −z Σ x where all rows share the zero z, and −Σ x, to be times z, where each block has its own.
         """
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -132,7 +135,8 @@ def _row_dot(load: Callable[[Any, Any, Any], list[Any]], width: int, has_zero: b
                     offset = builder.add(_times(builder, g, 2 * GROUP), g.type(2 * PAIRS * i))
                     dot = _add_products(builder, w, _load(builder, x, offset, SHORTS), dot)
                 s = builder.fmul(
-                    _bfloat16(builder, scale, _times(builder, g, 2)), _load(builder, x_scale, _times(builder, g, 4), FLOAT)
+                    _bfloat16(builder, scale, _times(builder, g, 2)),
+                    _load(builder, x_scale, _times(builder, g, 4), FLOAT),
                 )
                 builder.store(
                     _fma(builder, _splat(builder, s), builder.sitofp(dot, FLOATS), builder.load(total)), total
