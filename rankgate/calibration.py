@@ -4,16 +4,26 @@ For each input group (see `groups`), over all calibration tokens x (n values eac
 
     C = Σ x xᵀ / tokens                                   n × n, not centred
 
-This is all that the activation-aware methods need: its top eigenvectors are the subspace that keeps most of ‖x‖², and
-W C Wᵀ is the second moment of the layer's outputs. Accumulated in float32 (float64 for a float64 model) while the
-model runs; no activation is kept. Memory is one n × n matrix per group, whatever the number of tokens. C is symmetric,
-so only the blocks on and above its diagonal are multiplied. The output embedding is not run: its input is not needed.
+Its top eigenvectors are the subspace that keeps most of ‖x‖², and W C Wᵀ is the second moment of the layer's outputs.
+Accumulated in float32 (float64 for a float64 model) while the model runs. Memory is one n × n matrix per group,
+whatever the number of tokens. C is symmetric, so only the blocks on and above its diagonal are multiplied. The output
+embedding is not run: its input is not needed. Of the activations themselves, a sample of at most 256 tokens is kept,
+evenly spread over the text: what gates are calibrated on.
+
+On request, a second pass over the first 2,048 tokens measures how much each output y_i matters,
+
+    F_i = E[(∂ℓ / ∂y_i)²]                                 ℓ: log-likelihood of a label sampled from the model itself
+
+the diagonal of the Fisher information. An error δ of the outputs then costs about ½ Σ F_i δ_i² nats of KL, which makes
+errors in different layers comparable. It needs a backward pass: about the time of three forward passes, and the
+activations of one window in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +32,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rankgate.core import widen
@@ -32,17 +43,26 @@ from rankgate.groups import input_groups, linears
 from rankgate.progress import track
 from rankgate.texts import run_hashes
 
-FORMAT = "rankgate-stats-1"
+FORMAT = "rankgate-stats-2"
 SYRK_BLOCKS = 4
+SAMPLE = 256  # tokens kept per group
+SENSITIVITY_TOKENS = 2048
 
 
 @dataclass
 class GroupStats:
-    """Second moment C (n × n) of the tensor that `members` read, over `tokens` tokens."""
+    """What calibration saw of one input group.
+
+    C: (n, n), second moment of the tensor that `members` read, over `tokens` tokens.
+    sample: (≤ 256, n) bfloat16, some of these tokens, evenly spread over the text.
+    sensitivity: (Σ m,) float32, the Fisher diagonal of the members' outputs in order, or None if it was not asked for.
+    """
 
     members: tuple[str, ...]
     C: Tensor
     tokens: int
+    sample: Tensor
+    sensitivity: Tensor | None = None
     _eigen: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
@@ -74,7 +94,11 @@ class Stats:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
-        tensors = {f"C.{i}": group.C.contiguous() for i, group in enumerate(self.groups)}
+        tensors = {"hashes": self.hashes}
+        for i, group in enumerate(self.groups):
+            tensors |= {f"C.{i}": group.C.contiguous(), f"sample.{i}": group.sample}
+            if group.sensitivity is not None:
+                tensors[f"sensitivity.{i}"] = group.sensitivity
         meta = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -83,7 +107,7 @@ class Stats:
             "groups": [{"members": group.members, "tokens": group.tokens} for group in self.groups],
         }
         with atomic_path(path) as temporary:
-            save_file({**tensors, "hashes": self.hashes}, temporary, metadata={"rankgate": json.dumps(meta)})
+            save_file(tensors, temporary, metadata={"rankgate": json.dumps(meta)})
 
     @classmethod
     def load(cls, path: str | Path) -> Stats:
@@ -95,8 +119,15 @@ class Stats:
                 meta = json.loads((file.metadata() or {})["rankgate"])
                 if meta["format"] != FORMAT:
                     raise KeyError(meta["format"])
+                names = set(file.keys())
                 groups = [
-                    GroupStats(tuple(group["members"]), file.get_tensor(f"C.{i}"), group["tokens"])
+                    GroupStats(
+                        tuple(group["members"]),
+                        file.get_tensor(f"C.{i}"),
+                        group["tokens"],
+                        file.get_tensor(f"sample.{i}"),
+                        file.get_tensor(f"sensitivity.{i}") if f"sensitivity.{i}" in names else None,
+                    )
                     for i, group in enumerate(meta["groups"])
                 ]
                 return cls(groups, meta["fingerprint"], meta["tokens"], file.get_tensor("hashes"), meta["text"])
@@ -104,24 +135,46 @@ class Stats:
             raise RankgateError(f"{path} is damaged or not a Rankgate statistics file; delete it") from error
 
 
-def calibrate(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 4, progress: bool = False) -> Stats:
+def calibrate(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    sensitivity: bool = False,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> Stats:
     """Run `model` over `windows` (count × context token ids) and return the statistics of its input groups.
 
+    sensitivity: also measure the Fisher diagonal of the outputs, which `lrq` needs.
     Raises RankgateError when an activation is not finite.
     """
     digest = fingerprint(model)
     members = input_groups(model)
-    with accumulate(model, members) as groups, torch.inference_mode(), evaluation_mode(model):
+    stride = sample_stride(windows)
+    with accumulate(model, members, stride) as groups, torch.inference_mode(), evaluation_mode(model):
         for batch in track(windows.split(batch_size), "calibrating", enabled=progress):
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
     for group in groups:
         finish(group)
+    if sensitivity:
+        measure_sensitivity(model, groups, windows, progress=progress)
     return Stats(groups, digest, windows.numel(), run_hashes(windows))
 
 
+def sample_stride(windows: Tensor) -> int:
+    """Every how many tokens one is sampled: coprime to the context, so that all positions get their turn."""
+    stride = max(1, -(-windows.numel() // SAMPLE))
+    while math.gcd(stride, windows.shape[1]) > 1:
+        stride += 1
+    return stride
+
+
 @contextmanager
-def accumulate(model: PreTrainedModel, members: list[tuple[str, ...]]) -> Iterator[list[GroupStats]]:
-    """While open, every forward pass of `model` adds Σ x xᵀ of the first member of each group to its `C`."""
+def accumulate(model: PreTrainedModel, members: list[tuple[str, ...]], stride: int) -> Iterator[list[GroupStats]]:
+    """While open, every forward pass of `model` adds Σ x xᵀ of the first member of each group to its `C`.
+
+    Every `stride`-th token that a group sees joins its sample, until that is full.
+    """
     modules = linears(model)
     groups, handles = [], []
     for names in members:
@@ -129,12 +182,16 @@ def accumulate(model: PreTrainedModel, members: list[tuple[str, ...]]) -> Iterat
         assert isinstance(first.weight, Tensor)
         n = getattr(first, "in_features", first.weight.shape[0])  # Conv1D keeps n × m
         dtype = torch.promote_types(first.weight.dtype, torch.float32)
-        group = GroupStats(names, torch.zeros(n, n, dtype=dtype, device=first.weight.device), 0)
+        device = first.weight.device
+        C, sample = torch.zeros(n, n, dtype=dtype, device=device), torch.empty(0, n, dtype=torch.bfloat16)
+        group = GroupStats(names, C, 0, sample.to(device))
         groups.append(group)
 
         def add(_: object, args: tuple[Tensor, ...], group: GroupStats = group) -> None:
             x = widen(args[0].detach()).reshape(-1, group.C.shape[0])
             add_outer(group.C, x)
+            seen = x[-group.tokens % stride :: stride].to(torch.bfloat16)
+            group.sample = torch.cat([group.sample, seen])[:SAMPLE]
             group.tokens += x.shape[0]
 
         handles.append(first.register_forward_pre_hook(add))
@@ -143,6 +200,65 @@ def accumulate(model: PreTrainedModel, members: list[tuple[str, ...]]) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+def measure_sensitivity(
+    model: PreTrainedModel, groups: list[GroupStats], windows: Tensor, *, progress: bool = False
+) -> None:
+    """Fill in the `sensitivity` of `groups` from the first 2,048 tokens of `windows`, one window at a time.
+
+    Raises RankgateError when a gradient is not finite.
+    """
+    windows = windows[: max(1, SENSITIVITY_TOKENS // windows.shape[1])]
+    generator = torch.Generator(model.device).manual_seed(0)
+    modules = {name: model.get_submodule(name) for group in groups for name in group.members}
+    sums = {name: torch.zeros(outputs(module), device=model.device) for name, module in modules.items()}
+
+    def watch(y: Tensor, total: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            total.add_(gradient.float().square().flatten(0, -2).sum(0))
+
+        y.register_hook(add)
+
+    with gradients_from_embedding(model), evaluation_mode(model), torch.enable_grad():
+        handles = [
+            module.register_forward_hook(lambda _, args, y, total=sums[name]: watch(y, total))
+            for name, module in modules.items()
+        ]
+        try:
+            for window in track(windows.split(1), "sensitivity", enabled=progress):
+                logits = model(input_ids=window.to(model.device), use_cache=False).logits[0].float()
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                F.cross_entropy(logits, labels, reduction="sum").backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+    for group in groups:
+        fisher = torch.cat([sums[name] for name in group.members]) / windows.numel()
+        if not torch.isfinite(fisher).all():
+            raise RankgateError(f"non-finite gradients at the output of {group.members[0]}; try a wider dtype")
+        group.sensitivity = fisher
+
+
+def outputs(module: nn.Module) -> int:
+    """The number of outputs of an `nn.Linear` or `Conv1D`."""
+    assert isinstance(module.weight, Tensor)
+    return int(getattr(module, "out_features", module.weight.shape[1]))  # Conv1D keeps n × m
+
+
+@contextmanager
+def gradients_from_embedding(model: PreTrainedModel) -> Iterator[None]:
+    """While open, gradients flow through `model` down to the embedding's output, and no parameter collects any."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, y: y.requires_grad_())
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        handle.remove()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def add_outer(C: Tensor, x: Tensor) -> None:

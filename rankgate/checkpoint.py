@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,13 +27,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rankgate.convert import Converted, LayerReport, converted_layers
-from rankgate.core import GatedLinear, Subspace
+from rankgate.convert import Converted, LayerReport, converted_layers, shared_part
+from rankgate.core import ChannelGate, GatedLinear, SparseLinear, Subspace
 from rankgate.errors import RankgateError
 from rankgate.methods import METHODS, Method
 from rankgate.methods.context import ContextBasis, ContextLinear
+from rankgate.quantized import QuantizedGroup, QuantizedLinear
 
-FORMAT = "rankgate-model-1"
+FORMAT = "rankgate-model-2"
 MANIFEST = "rankgate.json"
 TENSORS = "rankgate.safetensors"
 
@@ -114,37 +115,72 @@ def load(directory: str | Path) -> Checkpoint:
 
 
 def _describe(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """What `_rebuild` needs of each converted layer; layers with the same `shared` number have one subspace."""
-    numbers: dict[torch.nn.Module, int] = {}
+    """What `_rebuild` needs of each converted layer; layers with the same `shared` number have one shared part."""
+    numbers: dict[nn.Module, int] = {}
     return [
         {
             "name": name,
             "kind": type(layer).__name__,
-            "shared": numbers.setdefault(layer.subspace, len(numbers)),
             "m": layer.out_features,
             "n": layer.in_features,
-            "rank": layer.subspace.rank,
-            "eps": layer.subspace.eps,
             "bias": layer.bias is not None,
+            "shared": numbers.setdefault(shared_part(layer), len(numbers)),
+            **_settings(layer),
         }
         for name, layer in converted_layers(model)
     ]
 
 
+def _settings(layer: Converted) -> dict[str, Any]:
+    """What else there is to know about a layer of its kind."""
+    if isinstance(layer, SparseLinear):
+        return {}
+    if isinstance(layer, QuantizedLinear):
+        base, low_rank = layer.group.base, layer.group.low_rank
+        return {
+            "start": layer.start,
+            "rows": base.m,
+            "bits": base.bits,
+            "symmetric": base.zero is None,
+            "rank": low_rank.rank if low_rank is not None else 0,
+            "refined": layer.group.refinement is not None,
+        }
+    return {"rank": layer.subspace.rank, "eps": layer.subspace.eps}
+
+
 def _rebuild(model: PreTrainedModel, modules: list[dict[str, Any]], dtype: torch.dtype) -> None:
     """Put empty converted layers where `_describe` saw them."""
-    subspaces: dict[int, Subspace | ContextBasis] = {}
+    shared: dict[int, nn.Module] = {}
     for spec in modules:
-        m, n, rank, eps = spec["m"], spec["n"], spec["rank"], spec["eps"]
-        bias = torch.empty(m, dtype=dtype) if spec["bias"] else None
-        W = torch.empty(m, n, dtype=dtype) if eps is not None else None
-        layer: Converted
-        if spec["kind"] == ContextLinear.__name__:
-            basis = subspaces.setdefault(spec["shared"], ContextBasis(n, rank, eps))
-            assert isinstance(basis, ContextBasis) and W is not None
-            layer = ContextLinear(basis, W, bias)
-        else:
-            subspace = subspaces.setdefault(spec["shared"], Subspace(torch.empty(rank, n, dtype=dtype), eps))
-            assert isinstance(subspace, Subspace)
-            layer = GatedLinear(subspace, torch.empty(m, rank, dtype=dtype), W, bias)
-        model.set_submodule(spec["name"], layer)
+        if spec["shared"] not in shared:
+            shared[spec["shared"]] = _empty_shared(spec, dtype)
+        model.set_submodule(spec["name"], _empty_layer(spec, shared[spec["shared"]], dtype))
+
+
+def _empty_shared(spec: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    n = spec["n"]
+    if spec["kind"] == SparseLinear.__name__:
+        return ChannelGate(torch.empty(n))
+    if spec["kind"] == QuantizedLinear.__name__:
+        return QuantizedGroup.empty(
+            spec["rows"], n, spec["bits"], spec["symmetric"], rank=spec["rank"], refined=spec["refined"]
+        )
+    if spec["kind"] == ContextLinear.__name__:
+        return ContextBasis(n, spec["rank"], spec["eps"])
+    return Subspace(torch.empty(spec["rank"], n, dtype=dtype), spec["eps"])
+
+
+def _empty_layer(spec: dict[str, Any], shared: nn.Module, dtype: torch.dtype) -> Converted:
+    m, n = spec["m"], spec["n"]
+    bias = torch.empty(m, dtype=dtype) if spec["bias"] else None
+    match shared:
+        case QuantizedGroup():
+            return QuantizedLinear(shared, spec["start"], spec["start"] + m, bias)
+        case ChannelGate():
+            return SparseLinear(shared, torch.empty(m, n, dtype=dtype), bias)
+        case ContextBasis():
+            return ContextLinear(shared, torch.empty(m, n, dtype=dtype), bias)
+        case Subspace():
+            W = torch.empty(m, n, dtype=dtype) if shared.eps is not None else None
+            return GatedLinear(shared, torch.empty(m, shared.rank, dtype=dtype), W, bias)
+    raise ValueError(f"unknown kind of layer {spec['kind']!r}")

@@ -6,18 +6,20 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from rankgate.calibration import Stats
-from rankgate.core import GatedLinear
+from rankgate.calibration import GroupStats, Stats
+from rankgate.core import GatedLinear, SparseLinear
 from rankgate.errors import RankgateError
-from rankgate.groups import NOT_CALLED, input_groups, linears, read_linear
+from rankgate.groups import NOT_CALLED, Linear, input_groups, linears, read_linear
 from rankgate.methods import Method
 from rankgate.methods.context import ContextLinear
 from rankgate.progress import track
+from rankgate.quantized import QuantizedLinear
 
-Converted = GatedLinear | ContextLinear
+Converted = GatedLinear | ContextLinear | QuantizedLinear | SparseLinear
 
 
 @dataclass(frozen=True)
@@ -45,29 +47,50 @@ def convert_(
     Raises RankgateError if `method` needs statistics and has none, if they belong to another model, or if a rank does
     not fit; the model may then be partly converted.
     """
-    if method.needs_stats and stats is None:
-        raise RankgateError(f"{method.name} needs calibration statistics; call calibrate() first")
+    used = statistics_for(model, method, stats)
     if any(True for _ in converted_layers(model)):
         raise RankgateError("the model is converted already; start from the dense one")
+    modules = linears(model)
+    reports = {name: LayerReport(name, name, *shape(module), reason=NOT_CALLED) for name, module in modules.items()}
+    groups = list(used) or input_groups(model)
+
+    def read() -> Iterator[tuple[list[Linear], GroupStats | None]]:
+        for members in track(groups, "converting", enabled=progress):
+            yield [read_linear(name, modules[name]) for name in members], used.get(members)
+
+    for members, rewrites in zip(groups, method.rewrite(read), strict=True):
+        for name, rewrite in zip(members, rewrites, strict=True):
+            if rewrite.module is not None:
+                model.set_submodule(name, rewrite.module)
+                del modules[name]  # the last reference to the dense weight, if nobody else has one
+            reports[name] = LayerReport(
+                name, members[0], reports[name].m, reports[name].n, rewrite.rank, rewrite.kept, rewrite.reason
+            )
+    method.attach(model)
+    return list(reports.values())
+
+
+def statistics_for(model: PreTrainedModel, method: Method, stats: Stats | None) -> dict[tuple[str, ...], GroupStats]:
+    """The statistics that `method` uses, by members of the group: nothing if it needs none.
+
+    Raises RankgateError if it needs what `stats` do not have, or if they belong to another model.
+    """
     if stats is not None:
         stats.check(model)
-    modules = linears(model)
-    used = {group.members: group for group in stats.groups} if stats and method.needs_stats else {}
-    reports = {}
-    for members in track(list(used) or input_groups(model), "converting", enabled=progress):
-        layers = [read_linear(name, modules[name]) for name in members]
-        for layer, rewrite in zip(layers, method.rewrite(layers, used.get(members)), strict=True):
-            if rewrite.module is not None:
-                model.set_submodule(layer.name, rewrite.module)
-            reports[layer.name] = LayerReport(
-                layer.name, members[0], layer.m, layer.n, rewrite.rank, rewrite.kept, rewrite.reason
-            )
-    for name, module in modules.items():
-        if name not in reports:
-            layer = read_linear(name, module)
-            reports[name] = LayerReport(name, name, layer.m, layer.n, reason=NOT_CALLED)
-    method.attach(model)
-    return [reports[name] for name in modules]
+    if not method.needs_stats:
+        return {}
+    if stats is None:
+        raise RankgateError(f"{method.name} needs calibration statistics; call calibrate() first")
+    if method.needs_sensitivity and any(group.sensitivity is None for group in stats.groups):
+        raise RankgateError(f"{method.name} needs output sensitivities; calibrate anew with sensitivity=True")
+    return {group.members: group for group in stats.groups}
+
+
+def shape(module: nn.Module) -> tuple[int, int]:
+    """(m, n) of an `nn.Linear` or `Conv1D`."""
+    assert isinstance(module.weight, Tensor)
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def converted_layers(model: nn.Module) -> Iterator[tuple[str, Converted]]:
@@ -75,6 +98,13 @@ def converted_layers(model: nn.Module) -> Iterator[tuple[str, Converted]]:
     for name, module in model.named_modules():
         if isinstance(module, Converted):
             yield name, module
+
+
+def shared_part(layer: Converted) -> nn.Module:
+    """What `layer` has in common with its input group."""
+    if isinstance(layer, SparseLinear):
+        return layer.gate
+    return layer.group if isinstance(layer, QuantizedLinear) else layer.subspace
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rankgate.convert import converted_layers
-from rankgate.core import Projection
+from rankgate.convert import Converted, converted_layers
+from rankgate.core import Projection, SparseLinear
 from rankgate.methods.context import ContextProjection
+from rankgate.quantized import QuantizedLinear
 
 
 @dataclass
@@ -24,35 +25,51 @@ class GateLog:
 
     @property
     def fire(self) -> Tensor:
+        """Share of the residual that each token read: 0 or 1 for a token gate."""
         return torch.cat(self._fire)
 
     @property
     def rate(self) -> float:
-        """Share of tokens that fired."""
-        return self.fire.float().mean().item()
+        """Share of the residual that was read: of tokens that fired, or of channels."""
+        return self.fire.mean().item()
 
     @property
     def columns(self) -> float | None:
         """Mean number of filled directions of a context basis, None for a fixed one."""
         return torch.cat(self._columns).float().mean().item() if self._columns else None
 
-    def add(self, seen: Projection | ContextProjection) -> None:
+    def add(self, seen: Projection | ContextProjection | Tensor) -> None:
+        """Add the answer of a token gate, or the mask (…, n) of a `ChannelGate`."""
+        if isinstance(seen, Tensor):
+            self._fire.append(seen.float().mean(-1).flatten().cpu())
+            return
         assert seen.fire is not None
-        self._fire.append(seen.fire.flatten().cpu())
+        self._fire.append(seen.fire.flatten().float().cpu())
         if isinstance(seen, ContextProjection):
             self._columns.append(seen.columns.flatten().cpu())
 
 
+def gate_of(layer: Converted) -> nn.Module | None:
+    """The module whose answer says what `layer` reads of its residual; None without a gate. Shared in a group."""
+    if isinstance(layer, SparseLinear):
+        return layer.gate
+    if isinstance(layer, QuantizedLinear):
+        return layer.group.refinement.gate if layer.group.refinement is not None else None
+    return None if layer.subspace.eps is None else layer.subspace
+
+
 @contextmanager
 def record_gates(model: nn.Module) -> Iterator[dict[nn.Module, GateLog]]:
-    """While open, log every gated subspace of `model`; the dictionary is keyed by the subspace module."""
+    """While open, log every gate of `model`; the dictionary is keyed by the gate's module, see `gate_of`.
+
+    A fused kernel decides by itself and asks no gate: log runs of more than one token.
+    """
     logs: dict[nn.Module, GateLog] = {}
     for name, layer in converted_layers(model):
-        if layer.subspace.eps is not None:
-            logs.setdefault(layer.subspace, GateLog()).members.append(name)
-    handles = [
-        subspace.register_forward_hook(lambda _, args, seen, log=log: log.add(seen)) for subspace, log in logs.items()
-    ]
+        gate = gate_of(layer)
+        if gate is not None:
+            logs.setdefault(gate, GateLog()).members.append(name)
+    handles = [gate.register_forward_hook(lambda _, args, seen, log=log: log.add(seen)) for gate, log in logs.items()]
     try:
         yield logs
     finally:

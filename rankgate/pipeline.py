@@ -55,6 +55,7 @@ def statistics(
     context: int,
     *,
     file: str | None = None,
+    sensitivity: bool = False,
     apart_from: Tensor | None = None,
     progress: bool = False,
 ) -> Stats:
@@ -72,7 +73,7 @@ def statistics(
     if apart_from is not None:
         check_text(apart_from, hashes, allow=False)
     if stats is None:
-        stats = calibrate(opened.model, windows, progress=progress)
+        stats = calibrate(opened.model, windows, sensitivity=sensitivity, progress=progress)
         stats.text = str(Path(text).absolute()) if Path(text).is_file() else text
         if file is not None:
             stats.save(file)

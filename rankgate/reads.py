@@ -3,9 +3,11 @@
     dense layer      m n w                        w: bytes per weight in the model's dtype
     subspace         k n b once per input group, k m b per layer
     token gate       + p m n w                    p: measured share of tokens that fired
+    quantised        codes, scales, zeros and low-rank factors as stored, once per input group
+    channel gate     + f × the gated columns, and the thresholds in full      f: measured share of channels
 
-A context basis counts the directions that were filled on average. Activations, the key-value cache and what the
-residual's gate needs to be computed are not weights and are not counted.
+A context basis counts the directions that were filled on average. Padding of stored codes counts. Activations, the
+key-value cache and what a token gate needs to be computed are not weights and are not counted.
 """
 
 from __future__ import annotations
@@ -16,22 +18,26 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankgate.convert import converted_layers
-from rankgate.core import GatedLinear
-from rankgate.gates import GateLog
+from rankgate.convert import Converted, converted_layers, shared_part
+from rankgate.core import GatedLinear, SparseLinear, Subspace
+from rankgate.gates import GateLog, gate_of
 from rankgate.groups import linears
+from rankgate.methods.context import ContextBasis
+from rankgate.quantized import QuantizedGroup, QuantizedLinear
 
 
 @dataclass(frozen=True)
 class Reads:
     """Bytes per token: `dense` and `converted` for the linear layers, `other` for the rest of the model.
 
-    `weights` counts the weights of the dense linear layers; `other` includes the output embedding.
+    `weights` counts the weights of the dense linear layers; `other` includes the output embedding as it is now, and
+    `other_dense` the same with a dense one.
     """
 
     dense: float
     converted: float
     other: float
+    other_dense: float
     weights: int
 
     @property
@@ -42,7 +48,7 @@ class Reads:
     @property
     def model_speedup(self) -> float:
         """The same for the whole model, output embedding included."""
-        return (self.dense + self.other) / (self.converted + self.other)
+        return (self.dense + self.other_dense) / (self.converted + self.other)
 
     @property
     def bits_per_weight(self) -> float:
@@ -50,40 +56,75 @@ class Reads:
 
 
 def weight_reads(model: PreTrainedModel, gates: Mapping[nn.Module, GateLog]) -> Reads:
-    """Account for `model` (dense or converted), given what `record_gates` saw of each gated subspace."""
-    dense = converted = 0.0
+    """Account for `model` (dense or converted), given what `record_gates` saw of each gate."""
+    width = model.dtype.itemsize
+    dense = converted = other = other_dense = 0.0
     weights = 0
-    counted: set[nn.Module] = set()
-    layers = dict(converted_layers(model))
-    for layer in layers.values():
-        subspace, m, n = layer.subspace, layer.out_features, layer.in_features
-        stored = layer.A if isinstance(layer, GatedLinear) else layer.W
-        rank, fire = float(subspace.rank), 0.0
-        if subspace.eps is not None:
-            log = gates[subspace]
-            rank = rank if log.columns is None else log.columns
-            fire = log.rate
-        bytes_per_weight = stored.element_size()
-        dense += m * n * bytes_per_weight
-        converted += (rank * m + fire * m * n) * bytes_per_weight
-        if subspace not in counted:
-            counted.add(subspace)
-            converted += rank * n * bytes_per_weight
-        weights += m * n
-    plain = linears(model)
-    for module in plain.values():
+    inside: set[nn.Module] = set()
+    head = model.get_output_embeddings()
+    for _, layer in converted_layers(model):
+        size = layer.out_features * layer.in_features
+        read = layer_bytes(layer, gates)
+        shared = shared_part(layer)
+        if shared not in inside:
+            read += shared_bytes(shared, gates, width)
+            inside.update(shared.modules())
+        inside.add(layer)
+        if layer is head:
+            other, other_dense = other + read, other_dense + size * width
+        else:
+            dense, converted, weights = dense + size * width, converted + read, weights + size
+    for module in linears(model).values():
         assert isinstance(module.weight, Tensor)
+        inside.add(module)
         dense += nbytes(module.weight)
         converted += nbytes(module.weight)
         weights += module.weight.numel()
-    inside = {*plain.values(), *layers.values(), *counted}
-    other = 0.0
     for module in model.modules():
         if module not in inside:
-            own = sum(nbytes(parameter) for parameter in module.parameters(recurse=False))
-            other += own / module.num_embeddings if isinstance(module, nn.Embedding) else own
-    return Reads(dense, converted, other, weights)
+            rows = module.num_embeddings if isinstance(module, nn.Embedding) else 1
+            own = nbytes(*module.parameters(recurse=False)) / rows
+            other, other_dense = other + own, other_dense + own
+    return Reads(dense, converted, other, other_dense, weights)
 
 
-def nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def layer_bytes(layer: Converted, gates: Mapping[nn.Module, GateLog]) -> float:
+    """What a layer reads per token beside what it shares with its group."""
+    if isinstance(layer, QuantizedLinear):
+        return 0.0
+    gate = gate_of(layer)
+    rate = gates[gate].rate if gate is not None else 0.0
+    if isinstance(layer, SparseLinear):
+        return rate * nbytes(layer.W)
+    stored = layer.A if isinstance(layer, GatedLinear) else layer.W
+    m, n = layer.out_features, layer.in_features
+    return (directions(layer.subspace, gates) * m + rate * m * n) * stored.element_size()
+
+
+def shared_bytes(shared: nn.Module, gates: Mapping[nn.Module, GateLog], width: int) -> float:
+    """What an input group reads once per token. `width`: bytes of a value of a subspace."""
+    if isinstance(shared, Subspace | ContextBasis):
+        n = shared.n if isinstance(shared, ContextBasis) else shared.B.shape[1]
+        return directions(shared, gates) * n * width
+    if not isinstance(shared, QuantizedGroup):
+        return stored_bytes(shared)
+    plane = shared.refinement
+    always = stored_bytes(shared.base) + (stored_bytes(shared.low_rank) if shared.low_rank is not None else 0)
+    if plane is None:
+        return always
+    gated = gates[plane.gate].rate * nbytes(plane.codes, plane.column)
+    return always + stored_bytes(plane.gate) + nbytes(plane.row) + gated
+
+
+def directions(subspace: Subspace | ContextBasis, gates: Mapping[nn.Module, GateLog]) -> float:
+    """How many directions of a subspace are read, on average."""
+    columns = gates[subspace].columns if subspace in gates else None
+    return subspace.rank if columns is None else columns
+
+
+def stored_bytes(module: nn.Module) -> int:
+    return nbytes(*module.parameters())
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

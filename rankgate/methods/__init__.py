@@ -2,8 +2,9 @@
 
 from rankgate.methods.base import Method
 from rankgate.methods.gsi import GSIConfig
+from rankgate.methods.lrq import LRQConfig
 from rankgate.methods.svd import ASVDConfig, SVDConfig
 
-METHODS: dict[str, type[Method]] = {config.name: config for config in (GSIConfig, SVDConfig, ASVDConfig)}
+METHODS: dict[str, type[Method]] = {config.name: config for config in (GSIConfig, SVDConfig, ASVDConfig, LRQConfig)}
 
-__all__ = ["METHODS", "ASVDConfig", "GSIConfig", "Method", "SVDConfig"]
+__all__ = ["METHODS", "ASVDConfig", "GSIConfig", "LRQConfig", "Method", "SVDConfig"]

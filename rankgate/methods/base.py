@@ -1,8 +1,12 @@
-"""What every method is: a frozen dataclass of settings with one verb, `rewrite`."""
+"""What every method is: a frozen dataclass of settings with one verb, `rewrite`.
+
+A method is handed a way to read the groups, which it may use more than once: memory holds one group at a time.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +17,10 @@ from transformers import PreTrainedModel
 from rankgate.calibration import GroupStats
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
+
+Groups = Callable[
+    [], Iterator[tuple[list[Linear], GroupStats | None]]
+]  # the linears of each group, with their statistics
 
 
 @dataclass(frozen=True)
@@ -30,10 +38,7 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Settings of one method; subclasses add fields and validate them when they are made.
-
-    allow_larger: also convert a layer whose factors hold as many weights as the dense layer, or more.
-    """
+    """Settings of one method; subclasses add fields and validate them when they are made."""
 
     name: ClassVar[str]
 
@@ -42,9 +47,14 @@ class Method(ABC):
     def needs_stats(self) -> bool:
         """Whether `rewrite` needs calibration statistics."""
 
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether the statistics must hold the sensitivity of outputs."""
+        return False
+
     @abstractmethod
-    def rewrite(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
-        """Rewrite the linears of one input group, in order."""
+    def rewrite(self, groups: Groups) -> Iterator[list[Rewrite]]:
+        """The rewritten linears of every input group, in order. Each is put in place before the next is asked for."""
 
     def record(self) -> dict[str, Any]:
         """The method's name and settings as plain JSON values."""
@@ -52,6 +62,18 @@ class Method(ABC):
 
     def attach(self, model: PreTrainedModel) -> None:  # noqa: B027  most methods need nothing
         """Install what the method needs on the converted model as a whole. Called after conversion and loading."""
+
+
+class GroupwiseMethod(Method):
+    """A method that needs to see only one group at a time."""
+
+    def rewrite(self, groups: Groups) -> Iterator[list[Rewrite]]:
+        for layers, stats in groups():
+            yield self.rewrite_group(layers, stats)
+
+    @abstractmethod
+    def rewrite_group(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
+        """Rewrite the linears of one input group, in order."""
 
 
 def check_rank(rank: int | float) -> None:

@@ -22,15 +22,18 @@ from rankgate.calibration import GroupStats
 from rankgate.core import GatedLinear, Subspace, widen
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
-from rankgate.methods.base import Method, Rewrite, check_rank, factor, rank_for, too_large
+from rankgate.methods.base import GroupwiseMethod, Rewrite, check_rank, factor, rank_for, too_large
 from rankgate.methods.context import ContextBasis, ContextLinear, SequenceTracker
 
 BASES = ("calibrated", "context")
 
 
 @dataclass(frozen=True)
-class GSIConfig(Method):
-    """rank: k, or a fraction of the inputs n.  eps: tolerance ε ≥ 0; 0 is exact, ≥ 1 never opens the gate."""
+class GSIConfig(GroupwiseMethod):
+    """rank: k, or a fraction of the inputs n.  eps: tolerance ε ≥ 0; 0 is exact, ≥ 1 never opens the gate.
+
+    allow_larger: also convert groups whose subspace alone reads as much as the dense layers, or more.
+    """
 
     name: ClassVar[str] = "gsi"
     rank: int | float = 0.25
@@ -51,7 +54,7 @@ class GSIConfig(Method):
     def needs_stats(self) -> bool:
         return self.basis == "calibrated"
 
-    def rewrite(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
+    def rewrite_group(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
         n = layers[0].n
         rank = rank_for(self.rank, n, layers[0])
         reason = "" if self.allow_larger else too_large(rank, n, sum(layer.m for layer in layers))

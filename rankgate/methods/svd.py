@@ -26,16 +26,17 @@ from rankgate.calibration import GroupStats
 from rankgate.core import GatedLinear, Subspace, widen
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
-from rankgate.methods.base import Method, Rewrite, check_rank, factor, rank_for, too_large
+from rankgate.methods.base import GroupwiseMethod, Rewrite, check_rank, factor, rank_for, too_large
 
 RIDGE = 1e-6  # of the mean eigenvalue of C, added to each: directions that calibration never saw still count a little
 
 
 @dataclass(frozen=True)
-class SVDConfig(Method):
+class SVDConfig(GroupwiseMethod):
     """Truncated SVD of the weights.
 
     Exactly one of: rank (k, or a fraction of min(m, n)); energy (share of Σ σ² to keep, in (0, 1]).
+    allow_larger: also convert a layer whose factors hold as many weights as the dense layer, or more.
     """
 
     name: ClassVar[str] = "svd"
@@ -55,7 +56,7 @@ class SVDConfig(Method):
     def needs_stats(self) -> bool:
         return False
 
-    def rewrite(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
+    def rewrite_group(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
         return [self._rewrite(layer, stats) for layer in layers]
 
     def _rewrite(self, layer: Linear, stats: GroupStats | None) -> Rewrite:
