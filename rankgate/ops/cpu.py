@@ -32,6 +32,7 @@ from rankgate.ops.vector import (
     read_bfloat16,
     read_float,
     read_int8,
+    read_int32,
     read_int64,
     row_dot_bytes,
     row_dot_bytes_zero,
@@ -48,6 +49,16 @@ if TYPE_CHECKING:
 M, N, BITS, CODES, SCALE, ZERO, RANK, A, B, COMPONENT, PLANE, ROW, COLUMN, THRESHOLD, WORDS = range(15)
 ROW_ORDER, COLUMN_ORDER = np.array(row_order()), np.array(column_order())
 LARGEST = np.float32(32767)
+EXPONENT = np.int32(0x7F800000)
+
+
+@njit(cache=True, nogil=True)
+def _is_finite(x: int, n: int) -> bool:
+    """Whether the exponent of no float32 at `x` is all ones: arithmetic below assumes it and would hide a NaN."""
+    found = np.int32(0)
+    for j in range(n):
+        found |= np.int32((read_int32(x, 4 * j) & EXPONENT) == EXPONENT)
+    return found == 0
 
 
 @njit(cache=True, fastmath=True, nogil=True)
@@ -140,6 +151,10 @@ def _refine(table: int, chunk: int, stop: int, channels: Any, coefficients: Any,
 def _gemv(table: int, x: int, y: int, threads: int) -> None:
     m, n = read_int64(table, 8 * M), read_int64(table, 8 * N)
     rank, factor = read_int64(table, 8 * RANK), read_int64(table, 8 * A)
+    if not _is_finite(x, n):
+        for r in range(m):
+            write_float(y, 4 * r, np.float32(np.nan))
+        return
     blocks = (n + GROUP - 1) // GROUP
     codes, shifts, scale = np.empty(blocks * GROUP, np.int16), np.empty(blocks, np.int32), np.empty(blocks, np.float32)
     _round_blocks(table, x, codes, scale, shifts)

@@ -224,6 +224,7 @@ def _reader(kind: Any, convert: Callable[[Any, Any, Any], Any]) -> Any:
 
 
 read_int64 = _reader(types.int64, lambda b, address, offset: _load(b, address, offset, ir.IntType(64)))
+read_int32 = _reader(types.int32, lambda b, address, offset: _load(b, address, offset, WORD))
 read_float = _reader(types.float32, lambda b, address, offset: _load(b, address, offset, FLOAT))
 read_bfloat16 = _reader(types.float32, _bfloat16)
 read_int8 = _reader(types.float32, lambda b, address, offset: b.sitofp(_load(b, address, offset, BYTE), FLOAT))

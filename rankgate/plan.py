@@ -1,0 +1,336 @@
+"""Choosing a setting for every input group under a budget for the whole model.
+
+For each group g and each setting s on a short list the planner needs three numbers:
+
+    seconds   of one token on this device, measured with weights that do not fit the cache
+    bytes     that one token reads
+    KL        in nats per token: the second-order prediction ½ tr(D E C Eᵀ D) of `quantize`, times one factor per group,
+              which is the measured KL of the model with only this group quantised (int4, rank 16) over its prediction
+
+A budget on quality (`ppl=1.01`, `top1=0.98`) takes the least Σ seconds with Σ KL below a level, a budget on size
+(`bits=5`) the least Σ KL with Σ bytes below it; both by one multiplier that prices KL against cost, found by bisection.
+The whole model is then checked on held-out calibration text: the budget must hold with the upper 95 % bound of what is
+measured, or the level is tightened and the choice made again. A group that no setting makes faster stays dense.
+
+Not covered: errors of different groups are taken to add up, which the check on the whole model makes up for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from rankgate.calibration import GroupStats, Stats, evaluation_mode
+from rankgate.errors import RankgateError
+from rankgate.files import atomic_path
+from rankgate.groups import Linear, linears, read_linear
+from rankgate.methods.lrq import members
+from rankgate.methods.planned import PlannedConfig, Setting, assemble, quantize
+from rankgate.progress import track
+from rankgate.quantize import ChannelWorth, GroupResult, gate_level, output_weights, spectrum
+from rankgate.quantized import QuantizedGroup
+from rankgate.timing import Timer
+
+REFERENCE = Setting(4, rank=16)  # what a group's KL is measured with
+RANKS, REFINES = (0, 8, 16, 32, 64), (0.05, 0.1, 0.2, 0.35, 0.5)
+REFINED = dataclasses.replace(REFERENCE, refine=REFINES[0])
+SETTINGS = (
+    Setting(8),
+    *(Setting(4, rank) for rank in RANKS),
+    *(Setting(4, REFERENCE.rank, refine) for refine in REFINES),
+)
+SENSITIVITY_TOKENS, VERIFY_TOKENS = 256, 8192
+ONE_SIDED = 1.645  # standard errors of a 95 % bound
+ROUNDS = 5
+LOSS_PER_KL, FLIPS_PER_ROOT_KL = 0.75, 0.58  # first guesses, corrected by what is measured
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`ppl`: ratio to the dense perplexity, at most. `top1`: agreement, at least. `bits`: per weight read, at most."""
+
+    kind: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """From 'ppl=1.01', 'top1=0.98' or 'bits=5'. Raises RankgateError if it is none of these."""
+        kind, _, number = text.partition("=")
+        ranges = {"ppl": (1.0, math.inf), "top1": (0.0, 1.0), "bits": (4.0, 32.0)}
+        try:
+            low, high = ranges[kind]
+            value = float(number)
+        except (KeyError, ValueError):
+            raise RankgateError(f"budget {text!r} is not understood; write ppl=1.01, top1=0.98 or bits=5") from None
+        if not low < value < high:
+            raise RankgateError(f"budget {text} is out of range: {kind} lies between {low:g} and {high:g}")
+        return cls(kind, value)
+
+    def level(self) -> float:
+        """The Σ KL to start from; for bits there is none."""
+        if self.kind == "ppl":
+            return math.log(self.value) / LOSS_PER_KL
+        return ((1 - self.value) / FLIPS_PER_ROOT_KL) ** 2
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting (None: dense) of one group and what it costs per token."""
+
+    setting: Setting | None
+    kl: float
+    seconds: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A whole model on held-out text against dense: values, and standard errors of loss and top-1."""
+
+    ppl_ratio: float
+    top1: float
+    loss_error: float
+    top1_error: float
+    tokens: int
+
+    def excess(self, budget: Budget) -> float:
+        """How many times too large the loss (or the share of flips) is, at its upper bound; ≤ 1 holds."""
+        if budget.kind == "ppl":
+            return (math.log(self.ppl_ratio) + ONE_SIDED * self.loss_error) / math.log(budget.value)
+        return (1 - self.top1 + ONE_SIDED * self.top1_error) / (1 - budget.value)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options chosen, by the first member of each group; `dense` is the option that each was compared with."""
+
+    budget: Budget
+    chosen: dict[str, Option]
+    dense: dict[str, Option]
+    predicted: dict[str, float]
+    measured: Measured | None
+
+    def method(self) -> PlannedConfig:
+        return PlannedConfig({name: option.setting for name, option in self.chosen.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON that may be edited; `load_settings` reads it."""
+        groups = {
+            name: {
+                "setting": option.setting and dataclasses.asdict(option.setting),
+                "kl": option.kl,
+                "microseconds": 1e6 * option.seconds,
+                "microseconds_dense": 1e6 * self.dense[name].seconds,
+                "bytes": option.bytes,
+                "reason": "" if option.setting else "no setting is faster than dense",
+            }
+            for name, option in self.chosen.items()
+        }
+        record = {
+            "budget": str(self.budget),
+            "predicted": self.predicted,
+            "measured": self.measured and dataclasses.asdict(self.measured),
+            "groups": groups,
+        }
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def load_settings(path: str | Path) -> PlannedConfig:
+    """The settings of a saved plan. Raises RankgateError if the file is missing or not a plan."""
+    try:
+        groups = json.loads(Path(path).read_text(encoding="utf-8"))["groups"]
+        return PlannedConfig({name: group["setting"] for name, group in groups.items()})
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise RankgateError(f"{path} is not a plan: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While open, `modules` stand in the places of `model` that they are named after."""
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+
+
+def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Of the next token, at every position of one window: (length, vocabulary)."""
+    return F.log_softmax(model(input_ids=ids.to(model.device), use_cache=False).logits[0].float(), dim=-1)
+
+
+def predictions(model: PreTrainedModel, windows: Tensor, *, progress: bool = False) -> tuple[Tensor, Tensor]:
+    """Nats per predicted token, and the most likely token, over all windows; both 1-D."""
+    losses, tops = [], []
+    for window in track(windows.split(1), "checking", enabled=progress):
+        p = log_probabilities(model, window)[:-1]
+        losses.append(-p.gather(1, window[0, 1:, None].to(p.device))[:, 0].double())
+        tops.append(p.argmax(-1))
+    return torch.cat(losses), torch.cat(tops)
+
+
+class Planner:
+    """Everything that is measured once; `plan` then chooses, builds and checks.
+
+    windows: held-out calibration text (count × context), for the sensitivity of groups and for the check.
+    """
+
+    def __init__(self, model: PreTrainedModel, stats: Stats, windows: Tensor, *, progress: bool = False) -> None:
+        if any(group.sensitivity is None for group in stats.groups):
+            raise RankgateError("a plan needs output sensitivities; calibrate anew with sensitivity=True")
+        stats.check(model)
+        self.model, self.windows, self.progress = model, windows, progress
+        self.groups = {group.members[0]: group for group in stats.groups}
+        self.results: dict[str, GroupResult] = {}  # of every group under REFINED
+        self.built: dict[tuple[str, Setting], QuantizedGroup] = {}
+        self.timer = Timer(model.dtype)
+        with evaluation_mode(model), torch.inference_mode():
+            self.reference = predictions(model, windows)
+            self.options = self._options()
+
+    def plan(self, budget: Budget) -> Plan:
+        """Raises RankgateError if no choice holds the budget."""
+        if budget.kind == "bits":
+            allowed = (
+                budget.value / 8 * sum(option.bytes for option in self._dense().values()) / self.model.dtype.itemsize
+            )
+            chosen = self._choose(lambda option: option.bytes, lambda option: option.kl, allowed)
+            return self._record(budget, chosen, self.check(chosen))
+        level = budget.level()
+        for _ in range(ROUNDS):
+            chosen = self._choose(lambda option: option.kl, lambda option: option.seconds, level)
+            measured = self.check(chosen)
+            excess = measured.excess(budget)
+            if excess <= 1:
+                return self._record(budget, chosen, measured)
+            level = 0.9 * sum(option.kl for option in chosen.values()) / excess ** (1 if budget.kind == "ppl" else 2)
+        raise RankgateError(f"no plan within {budget} was found in {ROUNDS} rounds; allow more loss or bits")
+
+    def check(self, chosen: Mapping[str, Option]) -> Measured:
+        """Build the chosen groups, and measure the model that has them in place."""
+        modules: dict[str, nn.Module] = {}
+        for name, option in track(list(chosen.items()), "building the plan", enabled=self.progress):
+            if option.setting is not None:
+                modules |= self._modules(name, option.setting)
+        loss, top = self.reference
+        with evaluation_mode(self.model), torch.inference_mode(), replaced(self.model, modules):
+            other_loss, other_top = predictions(self.model, self.windows, progress=self.progress)
+        difference, same = other_loss - loss, (other_top == top).double()
+        root = math.sqrt(len(loss))
+        return Measured(
+            ppl_ratio=difference.mean().exp().item(),
+            top1=same.mean().item(),
+            loss_error=difference.std().item() / root,
+            top1_error=same.std().item() / root,
+            tokens=self.windows.numel(),
+        )
+
+    def _record(self, budget: Budget, chosen: dict[str, Option], measured: Measured) -> Plan:
+        dense = self._dense()
+        kl = sum(option.kl for option in chosen.values())
+        weights = sum(option.bytes for option in dense.values()) / self.model.dtype.itemsize
+        predicted = {
+            "kl": kl,
+            "ppl_ratio": math.exp(LOSS_PER_KL * kl),
+            "top1": 1 - FLIPS_PER_ROOT_KL * math.sqrt(kl),
+            "bits": 8 * sum(option.bytes for option in chosen.values()) / weights,
+            "speedup": sum(o.seconds for o in dense.values()) / sum(o.seconds for o in chosen.values()),
+        }
+        return Plan(budget, chosen, dense, predicted, measured)
+
+    def _dense(self) -> dict[str, Option]:
+        return {name: options[0] for name, options in self.options.items()}
+
+    def _choose(
+        self, limited: Callable[[Option], float], least: Callable[[Option], float], limit: float
+    ) -> dict[str, Option]:
+        """One option per group: the least Σ `least` with Σ `limited` ≤ `limit`. Raises RankgateError if none fits."""
+
+        def at(price: float) -> dict[str, Option]:
+            return {
+                name: min(options, key=lambda option: least(option) + price * limited(option))
+                for name, options in self.options.items()
+            }
+
+        def total(choice: dict[str, Option]) -> float:
+            return sum(limited(option) for option in choice.values())
+
+        low, high = 1e-12, 1e12
+        if total(at(high)) > limit:
+            raise RankgateError("no setting of the groups fits this budget; allow more loss or more bits")
+        while high / low > 1.001:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if total(at(middle)) > limit else (low, middle)
+        return at(high)
+
+    def _options(self) -> dict[str, list[Option]]:
+        """Dense first, then every setting that is faster, by the first member of the group."""
+        first = self.windows[:1, :SENSITIVITY_TOKENS]
+        reference = log_probabilities(self.model, first)
+        options = {}
+        for name, stats in track(list(self.groups.items()), "sensitivity of groups", enabled=self.progress):
+            layers = self._layers(name)
+            self.results[name] = quantize(layers, stats, REFINED)
+            with replaced(self.model, self._modules(name, REFERENCE)):
+                other = log_probabilities(self.model, first)
+            kl = F.kl_div(other, reference, log_target=True, reduction="batchmean").item()
+            losses = predicted_losses(layers, stats, self.results[name])
+            factor = max(kl, 0.0) / losses[REFERENCE]
+            m, n = sum(layer.m for layer in layers), layers[0].n
+            seconds = self.timer.dense(tuple(layer.m for layer in layers), n)
+            options[name] = [Option(None, 0.0, seconds, m * n * self.model.dtype.itemsize)]
+            for setting in SETTINGS:
+                faster, read = self.timer.quantized(m, n, setting)
+                if faster < seconds:
+                    options[name].append(Option(setting, factor * losses[setting], faster, read))
+        return options
+
+    def _layers(self, name: str) -> list[Linear]:
+        modules = linears(self.model)
+        return [read_linear(member, modules[member]) for member in self.groups[name].members]
+
+    def _modules(self, name: str, setting: Setting) -> dict[str, nn.Module]:
+        """The group's members, quantised as `setting` says; built once."""
+        layers = self._layers(name)
+        if (name, setting) not in self.built:
+            same = dataclasses.replace(setting, refine=0.0) == REFERENCE
+            result = self.results[name] if same else quantize(layers, self.groups[name], setting)
+            self.built[name, setting] = assemble(result, self.groups[name], setting)
+        return dict(zip(self.groups[name].members, members(self.built[name, setting], layers), strict=True))
+
+
+def predicted_losses(layers: list[Linear], stats: GroupStats, refined: GroupResult) -> dict[Setting, float]:
+    """½ tr(D E C Eᵀ D) of one group under every setting; `refined` is the group under REFINED."""
+    assert stats.sensitivity is not None
+    assert refined.low_rank is not None and refined.refinement is not None and refined.worth is not None
+    W, D = torch.cat([layer.W for layer in layers]).float(), output_weights(stats.sensitivity)
+    losses = {Setting(8): quantize(layers, stats, Setting(8)).losses.rounded, REFERENCE: refined.losses.corrected}
+    sigma = spectrum(W, stats.C, stats.sensitivity, REFERENCE.bits, True, max(RANKS))
+    restored = [0.0, *(sigma.double().square().cumsum(0) / 2).tolist()]
+    for rank in RANKS:  # as a correction of one round restores
+        losses.setdefault(Setting(4, rank), max(0.0, refined.losses.rounded - restored[min(rank, len(sigma))]))
+    x, left = stats.sample.float(), W - refined.base.dequantize() - refined.low_rank.dequantize()
+    plane, worth = refined.refinement.dequantize(), ChannelWorth(stats.sample, refined.worth, len(W))
+    error = (x @ left.T) * D
+    for refine in REFINES:
+        opened = x * (x.abs() > worth.thresholds(gate_level([worth], refine)))
+        share = (error - (opened @ plane.T) * D).square().sum() / error.square().sum()
+        losses[Setting(4, REFERENCE.rank, refine)] = losses[REFERENCE] * share.item()
+    return losses
