@@ -87,6 +87,10 @@ class Stats:
     hashes: Tensor
     text: str = ""
 
+    @property
+    def has_sensitivity(self) -> bool:
+        return all(group.sensitivity is not None for group in self.groups)
+
     def check(self, model: PreTrainedModel) -> None:
         """Raises RankgateError if these statistics come from another model."""
         if self.fingerprint != fingerprint(model):

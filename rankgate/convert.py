@@ -17,7 +17,8 @@ from rankgate.groups import NOT_CALLED, Linear, input_groups, linears, read_line
 from rankgate.methods import Method
 from rankgate.methods.context import ContextLinear
 from rankgate.progress import track
-from rankgate.quantized import QuantizedLinear
+from rankgate.quantize import nearest
+from rankgate.quantized import QuantizedGroup, QuantizedLinear
 
 Converted = GatedLinear | ContextLinear | QuantizedLinear | SparseLinear
 
@@ -39,10 +40,17 @@ class LayerReport:
 
 
 def convert_(
-    model: PreTrainedModel, method: Method, stats: Stats | None = None, *, progress: bool = False
+    model: PreTrainedModel,
+    method: Method,
+    stats: Stats | None = None,
+    *,
+    lm_head: bool = False,
+    progress: bool = False,
 ) -> list[LayerReport]:
-    """Rewrite every linear of `model` but the output embedding, in place, and say what was done to each.
+    """Rewrite every linear of `model` in place, and say what was done to each.
 
+    lm_head: also round the output embedding to int8 (no method, no statistics; an input embedding that was tied to it
+    keeps its dense weight). Otherwise it stays dense.
     The converted model is used like the dense one: batches, padding, `generate()`.
     Raises RankgateError if `method` needs statistics and has none, if they belong to another model, or if a rank does
     not fit; the model may then be partly converted.
@@ -66,8 +74,23 @@ def convert_(
             reports[name] = LayerReport(
                 name, members[0], reports[name].m, reports[name].n, rewrite.rank, rewrite.kept, rewrite.reason
             )
+    if lm_head:
+        head = convert_head_(model)
+        reports[head.name] = head
     method.attach(model)
     return list(reports.values())
+
+
+def convert_head_(model: PreTrainedModel) -> LayerReport:
+    """Round the output embedding of `model` to int8, in place."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or type(head) is not nn.Linear:
+        raise RankgateError("the model has no output embedding that is a linear layer; leave out lm_head")
+    layer = read_linear(name, head)
+    group = QuantizedGroup(nearest(layer.W, bits=8), None, None)
+    model.set_submodule(name, QuantizedLinear(group, 0, layer.m, layer.bias))
+    return LayerReport(name, name, layer.m, layer.n)
 
 
 def statistics_for(model: PreTrainedModel, method: Method, stats: Stats | None) -> dict[tuple[str, ...], GroupStats]:
@@ -81,7 +104,7 @@ def statistics_for(model: PreTrainedModel, method: Method, stats: Stats | None) 
         return {}
     if stats is None:
         raise RankgateError(f"{method.name} needs calibration statistics; call calibrate() first")
-    if method.needs_sensitivity and any(group.sensitivity is None for group in stats.groups):
+    if method.needs_sensitivity and not stats.has_sensitivity:
         raise RankgateError(f"{method.name} needs output sensitivities; calibrate anew with sensitivity=True")
     return {group.members: group for group in stats.groups}
 

@@ -66,6 +66,8 @@ def statistics(
     if file is not None and Path(file).exists():
         stats = Stats.load(file)
         stats.check(opened.model)
+        if sensitivity and not stats.has_sensitivity:
+            raise RankgateError(f"{file} was calibrated without output sensitivities; delete it or choose another file")
         hashes = stats.hashes
     else:
         windows = opened.windows(text, tokens, context)
@@ -136,6 +138,7 @@ class Result:
             "kl_mean": e.kl_mean,
             "kl_max": e.kl_max,
             "fire_rate": e.fire_rate,
+            "lm_head": reads.head_converted,
             "read_speedup": reads.speedup,
             "model_read_speedup": reads.model_speedup,
             "bits_per_weight": reads.bits_per_weight,
@@ -174,16 +177,22 @@ class Reference:
         return Result(conversion, evaluation, compare_text(prompts, self.continued, converted))
 
     def measure(
-        self, method: Method, stats: Stats | None, *, in_sample: bool = False, progress: bool = False
+        self,
+        method: Method,
+        stats: Stats | None,
+        *,
+        lm_head: bool = False,
+        in_sample: bool = False,
+        progress: bool = False,
     ) -> Result:
-        """Convert a twin of the dense model with `method` and compare the two.
+        """Convert a twin of the dense model with `method` and compare the two. `lm_head`: see `convert_`.
 
         Raises RankgateError if the text was calibrated on, unless `in_sample` allows it.
         """
         used = stats if method.needs_stats else None
         overlaps = used is not None and check_text(self.windows, used.hashes, allow=in_sample)
         model = twin(self.opened.model)
-        layers = convert_(model, method, stats, progress=progress)
+        layers = convert_(model, method, stats, lm_head=lm_head, progress=progress)
         done = Conversion(method, layers, used.tokens if used else 0, overlaps)
         return self.compare(model, done, progress=progress)
 

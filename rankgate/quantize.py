@@ -38,6 +38,7 @@ COLUMN_SHRINK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # the same for a colum
 DAMPING = 0.01  # of the mean diagonal of C, added to it before rounding
 RIDGE = 1e-6  # the same for the low-rank step
 FLOOR = 1e-3  # of the mean sensitivity, added to each
+ROWS = 8192  # rounded to nearest at a time, which bounds the memory for an output embedding
 BLOCK = 64  # columns whose errors are propagated together
 CHUNK = 8  # components of a low-rank correction that kernels handle at a time
 
@@ -103,13 +104,17 @@ def scales(W: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> tupl
     return scale[..., 0].bfloat16(), None if symmetric else zero[..., 0].to(torch.int8)
 
 
-def nearest(W: Tensor, bits: int, symmetric: bool = True) -> QuantizedMatrix:
-    """W (m × n) rounded to nearest, every weight as important as the other."""
-    scale, zero = scales(W, None, bits, symmetric)
-    s, z = by_column(scale, zero, W.shape[1], bits)
+def nearest(W: Tensor, bits: int) -> QuantizedMatrix:
+    """W (m × n) rounded to nearest on a symmetric grid, every weight as important as the other."""
     low, high, _ = grid(bits)
-    codes = (W.float() / s).add_(z).round_().clamp_(low, high)
-    return QuantizedMatrix.pack(codes, scale, zero, bits)
+    codes = torch.empty(W.shape, dtype=torch.int16, device=W.device)
+    parts = []
+    for rows, part in zip(codes.split(ROWS), W.split(ROWS), strict=True):
+        scale, _ = scales(part, None, bits, symmetric=True)
+        s, z = by_column(scale, None, W.shape[1], bits)
+        rows.copy_((part.float() / s).add_(z).round_().clamp_(low, high))
+        parts.append(scale)
+    return QuantizedMatrix.pack(codes, torch.cat(parts), None, bits)
 
 
 def compensated(W: Tensor, metric: Metric, bits: int, symmetric: bool) -> QuantizedMatrix:

@@ -51,6 +51,11 @@ class Reads:
         return (self.dense + self.other_dense) / (self.converted + self.other)
 
     @property
+    def head_converted(self) -> bool:
+        """Whether the output embedding was converted, too."""
+        return self.other != self.other_dense
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.converted / self.weights
 

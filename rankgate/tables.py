@@ -23,13 +23,18 @@ def describe(method: Mapping[str, Any]) -> str:
     """'gsi k=0.25·n eps=0.05' from the recorded settings of a method."""
     words = [method["name"]]
     rank = method.get("rank")
-    if rank is not None:
+    if method["name"] == "lrq":
+        grid = f"{method['bits']} bits{'' if method['symmetric'] else ' asymmetric'}"
+        words += [grid, f"r={rank}", f"refine={method['refine']:g}"]
+    elif rank is not None:
         full = "n" if method["name"] == "gsi" else "min(m,n)"
         words.append(f"k={rank:g}·{full}" if isinstance(rank, float) else f"k={rank}")
     if method.get("energy") is not None:
         words.append(f"energy={method['energy']:g}")
     if method.get("eps") is not None:
         words.append(f"eps={method['eps']:g}")
+    if method.get("keep") is not None:
+        words.append(f"keep={method['keep']:g}")
     if method.get("basis") == "context":
         words.append("context basis")
     if method.get("allow_larger"):
@@ -41,7 +46,7 @@ def row(record: Mapping[str, Any]) -> tuple[str, ...]:
     """One result (`pipeline.Result.record`) under HEADERS."""
     calibrated = record["calibration_tokens"] > 0
     return (
-        describe(record["method"]),
+        describe(record["method"]) + (" + head" if record.get("lm_head") else ""),
         "in-sample" if record["in_sample"] else "held-out" if calibrated else "uncalibrated",
         number(record["ppl_ratio"], 4),
         number(record["top1"], 4),

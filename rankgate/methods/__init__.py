@@ -1,10 +1,24 @@
 """The methods by name: `METHODS["gsi"](rank=256, eps=0.05)`."""
 
 from rankgate.methods.base import Method
+from rankgate.methods.baselines import Int4Config, Int8Config, SparseConfig
 from rankgate.methods.gsi import GSIConfig
 from rankgate.methods.lrq import LRQConfig
 from rankgate.methods.svd import ASVDConfig, SVDConfig
 
-METHODS: dict[str, type[Method]] = {config.name: config for config in (GSIConfig, SVDConfig, ASVDConfig, LRQConfig)}
+METHODS: dict[str, type[Method]] = {
+    config.name: config
+    for config in (LRQConfig, GSIConfig, SVDConfig, ASVDConfig, Int8Config, Int4Config, SparseConfig)
+}
 
-__all__ = ["METHODS", "ASVDConfig", "GSIConfig", "LRQConfig", "Method", "SVDConfig"]
+__all__ = [
+    "METHODS",
+    "ASVDConfig",
+    "GSIConfig",
+    "Int4Config",
+    "Int8Config",
+    "LRQConfig",
+    "Method",
+    "SVDConfig",
+    "SparseConfig",
+]

@@ -31,7 +31,7 @@ class Rewrite:
     """
 
     module: nn.Module | None
-    rank: int
+    rank: int | None = None
     kept: float | None = None
     reason: str = ""
 

@@ -1,0 +1,80 @@
+"""The options that describe a method, on the command line: one per setting, for every method that has it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from rankgate.errors import RankgateError
+
+if TYPE_CHECKING:
+    from rankgate.methods import Method
+
+DEFAULT = "gsi"
+NAMES = ("gsi", "svd", "asvd", "lrq", "int8", "int4", "sparse")
+SETTINGS = ("rank", "eps", "energy", "basis", "bits", "refine", "symmetric", "keep", "allow_larger")
+UNLESS_GIVEN: dict[str, dict[str, Any]] = {"svd": {"energy": 0.9}, "asvd": {"rank": 0.5}}  # where one of two is needed
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method (evaluate without any of these: the dense model against itself)")
+    group.add_argument("--method", choices=NAMES, help=f"how to convert (default: {DEFAULT})")
+    group.add_argument(
+        "--rank",
+        type=rank,
+        metavar="INT_OR_FRACTION",
+        help="k, or a share of full rank; lrq: the mean over groups (default: gsi 0.25, asvd 0.5, lrq 16)",
+    )
+    group.add_argument("--eps", type=float, metavar="FLOAT", help="gsi: tolerance of the gate (default: 0.05)")
+    group.add_argument(
+        "--energy", type=float, metavar="FLOAT", help="svd, asvd: share of energy to keep (default: svd 0.9)"
+    )
+    group.add_argument("--basis", choices=("calibrated", "context"), help="gsi: where the subspace comes from")
+    group.add_argument("--bits", type=int, metavar="4|8", help="lrq: of the weights that are always read (default: 4)")
+    group.add_argument(
+        "--refine", type=float, metavar="SHARE", help="lrq: channels whose refinement is read (default: 0.05)"
+    )
+    group.add_argument(
+        "--asymmetric", dest="symmetric", action="store_const", const=False, help="lrq: a zero point beside each scale"
+    )
+    group.add_argument("--keep", type=float, metavar="SHARE", help="sparse: channels that are read (default: 0.5)")
+    group.add_argument(
+        "--allow-larger",
+        action="store_const",
+        const=True,
+        help="gsi, svd, asvd: convert layers that do not get smaller, too",
+    )
+    group.add_argument("--lm-head", action="store_true", help="also convert the output embedding, to int8")
+
+
+def rank(text: str) -> int | float:
+    try:
+        return float(text) if any(mark in text for mark in ".eE") else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a fraction such as 0.25") from None
+
+
+def chosen_method(arguments: argparse.Namespace) -> Method:
+    """The method that the options describe; an option of another method is an error, not ignored."""
+    from rankgate.methods import METHODS
+
+    name = arguments.method or DEFAULT
+    settings = given(arguments)
+    config: Any = METHODS[name]
+    for key in settings:
+        if key not in config.__dataclass_fields__:
+            option = "asymmetric" if key == "symmetric" else key.replace("_", "-")
+            raise RankgateError(f"--{option} does not belong to --method {name}")
+    if not settings.keys() - {"allow_larger"}:
+        settings |= UNLESS_GIVEN.get(name, {})
+    method: Method = config(**settings)
+    return method
+
+
+def method_was_given(arguments: argparse.Namespace) -> bool:
+    return arguments.method is not None or arguments.lm_head or bool(given(arguments))
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings among the options, as far as they were given."""
+    return {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not None}
