@@ -39,7 +39,7 @@ _floats, _halves, _integers = (_pointer_to(kind) for kind in (types.float32, typ
 
 
 @njit(cache=True, fastmath=True, nogil=True, inline="always")
-def _widen(address, rows, width, half, row, out):
+def _widen(address: int, rows: int, width: int, half: bool, row: int, out: Any) -> None:
     """Row `row` of a (rows × width) array of bfloat16 (`half`) or float32, as float32."""
     if half:
         source, words = carray(_halves(address), (rows, width)), out.view(np.uint32)
@@ -52,7 +52,7 @@ def _widen(address, rows, width, half, row, out):
 
 
 @njit(cache=True, fastmath=True, nogil=True)
-def _store(address, rows, width, half, row, new, new_row):
+def _store(address: int, rows: int, width: int, half: bool, row: int, new: int, new_row: int) -> None:
     """Row `new_row` of the array at `new`, of the same type, into row `row`."""
     if half:
         carray(_halves(address), (rows, width))[row] = carray(_halves(new), (new_row + 1, width))[new_row]
@@ -61,7 +61,22 @@ def _store(address, rows, width, half, row, new, new_row):
 
 
 @njit(cache=True, fastmath=True, nogil=True)
-def _attend(q, k, v, keys, values, position, out, half, heads, groups, capacity, width, value_width, scale):
+def _attend(
+    q: int,
+    k: int,
+    v: int,
+    keys: int,
+    values: int,
+    position: int,
+    out: int,
+    half: bool,
+    heads: int,
+    groups: int,
+    capacity: int,
+    width: int,
+    value_width: int,
+    scale: float,
+) -> None:
     """All pointers are addresses; q (heads × width) and out (heads × value_width) are float32."""
     last = carray(_integers(position), 1)[0]
     queries, outputs = carray(_floats(q), (heads, width)), carray(_floats(out), (heads, value_width))
@@ -111,8 +126,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positi
     """Store one token's key and value at `position`, and attend to positions 0 … `position`.
 
     Args:
-        q: (1, H, 1, d); k: (1, G, 1, d); v: (1, G, 1, e), with H a multiple of G.
-        keys, values: (1, G, capacity, d or e), contiguous; written in place.
+        q: (1, H, 1, d), with H a multiple of G.
+        k: (1, G, 1, d).
+        v: (1, G, 1, e).
+        keys: (1, G, capacity, d), contiguous; written in place.
+        values: (1, G, capacity, e), contiguous; written in place.
         position: (1, 1) int64, below the capacity. Not checked here: the decode loop owns it.
         scale: s.
 
