@@ -37,13 +37,12 @@ from rankgate.groups import Linear, linears, read_linear
 from rankgate.methods.lrq import members
 from rankgate.methods.planned import PlannedConfig, Setting, assemble, quantize
 from rankgate.progress import track
-from rankgate.quantize import ChannelWorth, GroupResult, gate_level, output_weights, spectrum
+from rankgate.quantize import Metric, output_weights, predicted_loss, spectrum
 from rankgate.quantized import QuantizedGroup
 from rankgate.timing import Timer
 
 REFERENCE = Setting(4, rank=16)  # what a group's KL is measured with
-RANKS, REFINES = (0, 8, 16, 32, 64), (0.05, 0.1, 0.2, 0.35, 0.5)
-REFINED = dataclasses.replace(REFERENCE, refine=REFINES[0])
+RANKS, REFINES = (0, 8, 16, 32, 64), (0.05, 0.2, 0.5)
 SETTINGS = (
     Setting(8),
     *(Setting(4, rank) for rank in RANKS),
@@ -198,7 +197,6 @@ class Planner:
         stats.check(model)
         self.model, self.windows, self.progress = model, windows, progress
         self.groups = {group.members[0]: group for group in stats.groups}
-        self.results: dict[str, GroupResult] = {}  # of every group under REFINED
         self.built: dict[tuple[str, Setting], QuantizedGroup] = {}
         self.timer = Timer(model.dtype)
         with evaluation_mode(model), torch.inference_mode():
@@ -287,11 +285,10 @@ class Planner:
         options = {}
         for name, stats in track(list(self.groups.items()), "sensitivity of groups", enabled=self.progress):
             layers = self._layers(name)
-            self.results[name] = quantize(layers, stats, REFINED)
             with replaced(self.model, self._modules(name, REFERENCE)):
                 other = log_probabilities(self.model, first)
             kl = F.kl_div(other, reference, log_target=True, reduction="batchmean").item()
-            losses = predicted_losses(layers, stats, self.results[name])
+            losses = predicted_losses(layers, stats, self.built[name, REFERENCE])
             factor = max(kl, 0.0) / losses[REFERENCE]
             m, n = sum(layer.m for layer in layers), layers[0].n
             seconds = self.timer.dense(tuple(layer.m for layer in layers), n)
@@ -310,27 +307,38 @@ class Planner:
         """The group's members, quantised as `setting` says; built once."""
         layers = self._layers(name)
         if (name, setting) not in self.built:
-            same = dataclasses.replace(setting, refine=0.0) == REFERENCE
-            result = self.results[name] if same else quantize(layers, self.groups[name], setting)
+            result = quantize(layers, self.groups[name], setting)
             self.built[name, setting] = assemble(result, self.groups[name], setting)
         return dict(zip(self.groups[name].members, members(self.built[name, setting], layers), strict=True))
 
 
-def predicted_losses(layers: list[Linear], stats: GroupStats, refined: GroupResult) -> dict[Setting, float]:
-    """½ tr(D E C Eᵀ D) of one group under every setting; `refined` is the group under REFINED."""
-    assert stats.sensitivity is not None
-    assert refined.low_rank is not None and refined.refinement is not None and refined.worth is not None
-    W, D = torch.cat([layer.W for layer in layers]).float(), output_weights(stats.sensitivity)
-    losses = {Setting(8): quantize(layers, stats, Setting(8)).losses.rounded, REFERENCE: refined.losses.corrected}
+def predicted_losses(layers: list[Linear], stats: GroupStats, reference: QuantizedGroup) -> dict[Setting, float]:
+    """Nats of KL per token under every setting, by second order; `reference` is the group under REFERENCE.
+
+    For rank and bits ½ tr(D E C Eᵀ D), for a refinement the same over the sampled inputs, relative to the reference.
+    """
+    assert stats.sensitivity is not None and reference.low_rank is not None
+    W, D, x = torch.cat([layer.W for layer in layers]).float(), output_weights(stats.sensitivity), stats.sample.float()
+    metric, left = Metric(stats.C), W - reference.base.dequantize()
+    rounded = predicted_loss(left, metric, D)
+    left -= reference.low_rank.dequantize()
+    losses = {
+        Setting(8): quantize(layers, stats, Setting(8)).losses.rounded,
+        REFERENCE: predicted_loss(left, metric, D),
+    }
     sigma = spectrum(W, stats.C, stats.sensitivity, REFERENCE.bits, True, max(RANKS))
     restored = [0.0, *(sigma.double().square().cumsum(0) / 2).tolist()]
     for rank in RANKS:  # as a correction of one round restores
-        losses.setdefault(Setting(4, rank), max(0.0, refined.losses.rounded - restored[min(rank, len(sigma))]))
-    x, left = stats.sample.float(), W - refined.base.dequantize() - refined.low_rank.dequantize()
-    plane, worth = refined.refinement.dequantize(), ChannelWorth(stats.sample, refined.worth, len(W))
-    error = (x @ left.T) * D
-    for refine in REFINES:
-        opened = x * (x.abs() > worth.thresholds(gate_level([worth], refine)))
-        share = (error - (opened @ plane.T) * D).square().sum() / error.square().sum()
-        losses[Setting(4, REFERENCE.rank, refine)] = losses[REFERENCE] * share.item()
+        losses.setdefault(Setting(4, rank), max(0.0, rounded - restored[min(rank, len(sigma))]))
+    before = sampled_loss(x @ left.T, D)
+    y = x @ W.T
+    for setting in SETTINGS:
+        if setting.refine:
+            refined = assemble(quantize(layers, stats, setting), stats, setting)
+            losses[setting] = losses[REFERENCE] * sampled_loss(y - refined.reference(x), D) / before
     return losses
+
+
+def sampled_loss(error: Tensor, D: Tensor) -> float:
+    """½ E‖D e‖² over sampled output errors (T × m)."""
+    return 0.5 * (error * D).square().sum(-1).mean().item()

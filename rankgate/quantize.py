@@ -16,6 +16,9 @@ the measure of every step here:
 4. E   the refinement plane of what is left, W − Q − A B, 4 bits. Reading column j of E is worth
        x_j² ‖D E_j‖² and costs m / 2 bytes, so gates open above one level of worth per byte for the whole model.
 
+Where there is a refinement plane, 1–3 use the second moment of what closed gates leave to them (`closed_moment`): an
+error that an open gate makes up for is none of their business, and making up for it in other columns would be wrong.
+
 Rank is spent where it buys most: chunks of 8 components, in the order of their worth per byte over all groups.
 
 Not covered: clipping is searched per group of 64 and before rounding, not jointly with it; C is damped by 1 % of its
@@ -39,6 +42,7 @@ DAMPING = 0.01  # of the mean diagonal of C, added to it before rounding
 RIDGE = 1e-6  # the same for the low-rank step
 FLOOR = 1e-3  # of the mean sensitivity, added to each
 ROWS = 8192  # rounded to nearest at a time, which bounds the memory for an output embedding
+OPEN_PART = 0.05  # of C that counts also behind open gates
 BLOCK = 64  # columns whose errors are propagated together
 CHUNK = 8  # components of a low-rank correction that kernels handle at a time
 
@@ -269,9 +273,9 @@ def allocate_ranks(spectra: Sequence[Tensor], shapes: Sequence[tuple[int, int]],
         for gain in sigma[: len(sigma) // CHUNK * CHUNK].double().square().unflatten(0, (-1, CHUNK)).sum(1).tolist():
             chunks.append((gain / (m + n), g))
     ranks = [0] * len(shapes)
-    for _, g in sorted(chunks, reverse=True):
+    for gain, g in sorted(chunks, reverse=True):
         cost = CHUNK * sum(shapes[g])
-        if cost <= budget:
+        if gain > 0 and cost <= budget:
             ranks[g] += CHUNK
             budget -= cost
     return ranks
@@ -297,6 +301,27 @@ class ChannelWorth:
     def share(self, level: float) -> float:
         """Share of the sampled channels whose gate is open."""
         return (self.x.abs() > self.thresholds(level)).float().mean().item()
+
+
+def rounding_worth(W: Tensor, sensitivity: Tensor, bits: int) -> Tensor:
+    """‖D E_j‖ (n) of W (m × n) rounded to nearest: what opening channel j will about be worth, before Q is chosen."""
+    E = W.float() - nearest(W, bits).dequantize()
+    worth: Tensor = torch.linalg.vector_norm(output_weights(sensitivity)[:, None] * E, dim=0)
+    return worth
+
+
+def closed_moment(C: Tensor, x: Tensor, thresholds: Tensor) -> Tensor:
+    """Second moment (n × n) of the inputs that gates leave to Q and A B, from C and sampled inputs x (T × n).
+
+    s_j is the share of E[x_j²] from tokens whose gate j is closed. With gates that close independently of each other,
+    E[x_i x_j; both closed] = C_ij s_i s_j off the diagonal, C_jj s_j on it. A part of C stays, because what an open
+    gate adds is rounded as well.
+    """
+    energy = x.float().square()
+    s = (energy * (x.abs() <= thresholds)).mean(0) / energy.mean(0).clamp_min(torch.finfo(torch.float32).tiny)
+    closed = C * s[:, None] * s
+    closed.diagonal().copy_(C.diagonal() * s)
+    return closed.lerp_(C, OPEN_PART)
 
 
 def gate_level(groups: Sequence[ChannelWorth], fraction: float) -> float:

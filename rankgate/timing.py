@@ -15,6 +15,7 @@ from rankgate.methods.planned import Setting
 from rankgate.quantized import COLUMN_ROWS, GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
 
 CACHE_BYTES = 96 << 20  # weights that a timing runs through, more than caches hold
+COPIES = 256  # of a layer, at most: smaller layers are in the cache of a model that small, too
 
 
 class Timer:
@@ -30,7 +31,7 @@ class Timer:
     def _dense(self, outputs: tuple[int, ...], n: int) -> float:
         """The members of a group, one after the other, as `nn.Linear` computes them."""
         sizes = [m * n for m in outputs]
-        copies = max(1, len(self.floats) // sum(sizes))
+        copies = min(COPIES, max(1, len(self.floats) // sum(sizes)))
         x = torch.rand(1, 1, n, dtype=self.dtype)
         weights = [cut(self.floats, sizes, i) for i in range(copies)]
         return run([partial(F.linear, x, W.view(-1, n)) for group in weights for W in group]) / copies
@@ -38,7 +39,8 @@ class Timer:
     def _quantized(self, m: int, n: int, setting: Setting) -> tuple[float, float]:
         """Seconds, and bytes read, of a quantised group of m outputs in all."""
         group, read = self._group(m, n, setting, 0)
-        copies = max(1, CACHE_BYTES // sum(p.numel() * p.element_size() for p in group.parameters()))
+        size = sum(p.numel() * p.element_size() for p in group.parameters())
+        copies = min(COPIES, max(1, CACHE_BYTES // size))
         x = torch.rand(1, 1, n)
         groups = [self._group(m, n, setting, i)[0] for i in range(copies)]
         return run([partial(group, x) for group in groups]) / copies, read

@@ -23,7 +23,15 @@ from rankgate.core import ChannelGate
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
 from rankgate.methods.base import Groups, Method, Rewrite
-from rankgate.quantize import ChannelWorth, allocate_ranks, gate_level, quantize_group, spectrum
+from rankgate.quantize import (
+    ChannelWorth,
+    allocate_ranks,
+    closed_moment,
+    gate_level,
+    quantize_group,
+    rounding_worth,
+    spectrum,
+)
 from rankgate.quantized import QuantizedGroup, QuantizedLinear, grid
 
 SPREAD = 4  # a group may get at most this many times the mean rank
@@ -63,18 +71,20 @@ class LRQConfig(Method):
         return True
 
     def rewrite(self, groups: Groups) -> Iterator[list[Rewrite]]:
-        ranks = iter(self.ranks(groups))
+        ranks, expected = self.survey(groups)
+        level = gate_level(expected, self.refine) if expected else 0.0
         gates: list[tuple[ChannelGate, ChannelWorth]] = []
-        for layers, stats in groups():
+        for g, (layers, stats) in enumerate(groups()):
             assert stats is not None and stats.sensitivity is not None
-            rank = next(ranks)
-            W = torch.cat([layer.W for layer in layers])
+            W, C = torch.cat([layer.W for layer in layers]), stats.C
+            if expected:
+                C = closed_moment(C, stats.sample, expected[g].thresholds(level))
             result = quantize_group(
                 W,
-                stats.C,
+                C,
                 stats.sensitivity,
                 bits=self.bits,
-                rank=rank,
+                rank=ranks[g],
                 refined=self.refine > 0,
                 symmetric=self.symmetric,
                 rounds=self.rounds,
@@ -82,25 +92,27 @@ class LRQConfig(Method):
             if result.refinement is not None and result.worth is not None:
                 gates.append((result.refinement.gate, ChannelWorth(stats.sample, result.worth, len(W))))
             group = QuantizedGroup(result.base, result.low_rank, result.refinement)
-            yield [Rewrite(module, rank) for module in members(group, layers)]
+            yield [Rewrite(module, ranks[g]) for module in members(group, layers)]
         if gates:
             level = gate_level([worth for _, worth in gates], self.refine)
             for gate, worth in gates:
                 gate.threshold.copy_(worth.thresholds(level))
 
-    def ranks(self, groups: Groups) -> list[int]:
-        """The rank of each group."""
-        shapes, spectra = [], []
+    def survey(self, groups: Groups) -> tuple[list[int], list[ChannelWorth]]:
+        """The rank of each group, and what its channel gates will decide by (nothing without a refinement)."""
+        shapes, spectra, expected = [], [], []
         for layers, stats in groups():
             assert stats is not None and stats.sensitivity is not None
-            shapes.append((sum(layer.m for layer in layers), layers[0].n))
+            W = torch.cat([layer.W for layer in layers])
+            shapes.append((len(W), layers[0].n))
+            spectra.append(torch.empty(0))
             if self.rank:
-                W = torch.cat([layer.W for layer in layers])
                 most = SPREAD * self.rank
-                spectra.append(spectrum(W, stats.C, stats.sensitivity, self.bits, self.symmetric, most))
-            else:
-                spectra.append(torch.empty(0))
-        return allocate_ranks(spectra, shapes, self.rank)
+                spectra[-1] = spectrum(W, stats.C, stats.sensitivity, self.bits, self.symmetric, most)
+            if self.refine:
+                worth = rounding_worth(W, stats.sensitivity, self.bits)
+                expected.append(ChannelWorth(stats.sample, worth, len(W)))
+        return allocate_ranks(spectra, shapes, self.rank), expected
 
 
 def members(group: QuantizedGroup, layers: list[Linear]) -> list[QuantizedLinear]:

@@ -13,7 +13,14 @@ from rankgate.errors import RankgateError
 from rankgate.groups import Linear
 from rankgate.methods.base import Groups, Method, Rewrite
 from rankgate.methods.lrq import members
-from rankgate.quantize import ChannelWorth, GroupResult, gate_level, quantize_group
+from rankgate.quantize import (
+    ChannelWorth,
+    GroupResult,
+    closed_moment,
+    gate_level,
+    quantize_group,
+    rounding_worth,
+)
 from rankgate.quantized import QuantizedGroup, Refinement, grid
 
 
@@ -83,10 +90,12 @@ def _setting(name: str, value: Any) -> Setting | None:
 def quantize(layers: list[Linear], stats: GroupStats, setting: Setting) -> GroupResult:
     """The linears of one group, stacked and quantised; gates are still shut."""
     assert stats.sensitivity is not None
-    W = torch.cat([layer.W for layer in layers])
-    return quantize_group(
-        W, stats.C, stats.sensitivity, bits=setting.bits, rank=setting.rank, refined=setting.refine > 0
-    )
+    W, C = torch.cat([layer.W for layer in layers]), stats.C
+    if setting.refine:
+        expected = ChannelWorth(stats.sample, rounding_worth(W, stats.sensitivity, setting.bits), len(W))
+        C = closed_moment(C, stats.sample, expected.thresholds(gate_level([expected], setting.refine)))
+    refined = setting.refine > 0
+    return quantize_group(W, C, stats.sensitivity, bits=setting.bits, rank=setting.rank, refined=refined)
 
 
 def assemble(result: GroupResult, stats: GroupStats, setting: Setting) -> QuantizedGroup:
