@@ -34,7 +34,8 @@ def _cpu() -> str:
 def _commit() -> str:
     if "BENCHMARK_COMMIT" in os.environ:  # a copy of the tree on a machine without its history
         return os.environ["BENCHMARK_COMMIT"]
-    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "rankgate", "benchmarks") else "")
+    changed = "+" if _git("status", "--porcelain", "rankgate", "benchmarks") else ""
+    return _git("rev-parse", "--short", "HEAD") + changed
 
 
 COMMIT = _commit()  # of the code that is running: read when the benchmark starts, not when it ends

@@ -63,8 +63,7 @@ class Metric:
     def propagation(self) -> Tensor:
         """Upper U (n × n) with Uᵀ U = C⁻¹, in the order of rounding: row j says where the error of column j goes."""
         C = self.C[self.order][:, self.order].double()
-        C.diagonal().add_(DAMPING * C.diagonal().mean())
-        R = torch.linalg.cholesky(C.flip(0, 1)).flip(0, 1)  # C = R Rᵀ, R upper
+        R = factor(C.flip(0, 1), DAMPING).flip(0, 1)  # C = R Rᵀ, R upper
         identity = torch.eye(len(R), dtype=R.dtype, device=R.device)
         U: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
         return U.float()
@@ -72,10 +71,22 @@ class Metric:
     @cached_property
     def root(self) -> Tensor:
         """L (n × n) with L Lᵀ = C."""
-        C = self.C.double()
-        C.diagonal().add_(RIDGE * C.diagonal().mean())
-        L: Tensor = torch.linalg.cholesky(C)
-        return L.float()
+        return factor(self.C.double(), RIDGE).float()
+
+
+def factor(C: Tensor, damping: float) -> Tensor:
+    """L (n × n), lower, with L Lᵀ = C + `damping` of its mean diagonal, or the least of 10, 100 … times that.
+
+    Fewer tokens than inputs, or inputs that are always zero, leave C singular, and rounding decides its signs.
+    """
+    mean = C.diagonal().mean()
+    while True:
+        damped = C.clone()
+        damped.diagonal().add_(damping * mean)
+        L, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return L
+        damping *= 10
 
 
 def scales(W: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
