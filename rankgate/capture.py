@@ -29,6 +29,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
 from rankgate.ops.attention import attend
+from rankgate.ops.cpu import gemv
+from rankgate.ops.fused import fuse
 
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
 KNOWN = {"dropout", "position_ids", "use_cache", "is_causal", "past_key_values", "cache_position", "return_dict"}
@@ -43,6 +45,13 @@ BOUND = {
     "Tensor_Scalar",
     "dtype",
 }  # overloads with a binding of the same arguments
+
+
+GEMV = torch.ops.rankgate.quantized_gemv.default
+KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.rankgate.attend.default: attend,
+    GEMV: gemv,
+}
 
 
 class Uncapturable(Exception):
@@ -180,6 +189,9 @@ class Capture:
             raise Uncapturable("what it computes in Python depends on the position")
         _simplify(first, _example(model, shapes, POSITIONS[0]))
         self.constants = [getattr(first, node.target) for node in first.graph.nodes if node.op == "get_attr"]
+        self.threaded = bool(
+            first.graph.find_nodes(op="call_function", target=GEMV)
+        )  # uses threads that are not torch's
         self.function = _compile(first.graph)
 
     def __call__(self, token: Tensor, position: Tensor, buffers: list[Tensor]) -> Tensor:
@@ -209,7 +221,7 @@ def _same(a: fx.GraphModule, b: fx.GraphModule) -> bool:
 
 
 def _simplify(module: fx.GraphModule, inputs: list[Tensor]) -> None:
-    """Drop what is computed twice, and operations that return their input; refuse shapes that depend on values."""
+    """Drop what is computed twice or returns its input, fuse chains; refuse shapes that depend on values."""
     graph = module.graph
     values: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
     written = any(node.is_impure() and getattr(node.target, "namespace", "") == "aten" for node in graph.nodes)
@@ -234,6 +246,7 @@ def _simplify(module: fx.GraphModule, inputs: list[Tensor]) -> None:
                 same = seen.setdefault((node.target, repr((node.args, node.kwargs))), node)
             _replace(node, same or node)
     graph.eliminate_dead_code()
+    fuse(module, values)
 
 
 def _replace(node: fx.Node, other: fx.Node) -> None:
@@ -260,9 +273,9 @@ def _identical(a: Any, b: Any) -> bool:
 
 def _direct(target: Any) -> Callable[..., Any]:
     """The cheapest way to call an operator: torch's own Python bindings skip a layer of argument handling."""
-    if target is torch.ops.rankgate.attend.default:
-        return attend
-    if not isinstance(target, torch._ops.OpOverload):  # operator.getitem
+    if target in KERNELS:
+        return KERNELS[target]
+    if not isinstance(target, torch._ops.OpOverload):  # operator.getitem, a fused chain
         return cast(Callable[..., Any], target)
     name = target._opname if target.namespace == "aten" and target._overloadname in BOUND else ""
     home = next((home for home in (torch, torch._C._nn, Tensor) if hasattr(home, name)), None)

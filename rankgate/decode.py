@@ -4,11 +4,12 @@ generate() prepares everything that is policy (logits processors, stopping crite
 replaces only its token-by-token part, and returns the same tokens. What it saves is Python:
 
     prompt      the model's ordinary forward, into a cache that grows by doubling
-    each token  a captured step (`rankgate.capture`): a flat list of tensor operations, no modules; for a model
-                whose step cannot be captured, its forward, with arguments that are prepared once
+    each token  a captured step (`rankgate.capture`): a flat list of tensor operations, no modules
 
-Not covered, and left to the model's own methods: batches, beams, padding, encoder-decoders, caches other than the
-plain dynamic one, dictionaries as results, devices other than the CPU. Each model that falls back says why, once.
+Not covered, and left to the model's own methods: steps that cannot be captured, batches, beams, padding,
+encoder-decoders, caches other than the plain dynamic one, dictionaries as results, devices other than the CPU. Each
+model that falls back says why, once. (A loop over `forward` alone would gain nothing over generate(): its own loop is
+cheap, the modules are not.)
 A capture is made on the first call and kept with the model. It sees weights that change in place, and is made again
 when modules or parameters were replaced; a Python number that a module keeps (an ε, a flag) is frozen in it.
 """
@@ -130,26 +131,47 @@ def decode(
             streamer=streamer,
             **model_kwargs,
         )
-    with torch.no_grad():
-        steps = _Steps(model, input_ids, model_kwargs)
-        logits = steps.prompt()
-        while True:
-            logits = logits.to(torch.float32, copy=True)
-            scores = logits_processor(cast(LongTensor, input_ids), cast(FloatTensor, logits))
-            if generation_config.do_sample:
-                token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-            else:
-                token = scores.argmax(dim=-1, keepdim=True)
-            input_ids = torch.cat([input_ids, token], dim=-1)
-            done = bool(stopping_criteria(input_ids, None).all())
-            if streamer is not None:
-                streamer.put(token[0])
-            if done:
-                break
-            logits = steps.next(token)
+    threads = torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            input_ids = _loop(
+                _Steps(model, input_ids, model_kwargs),
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                bool(generation_config.do_sample),
+                streamer,
+            )
+    finally:
+        torch.set_num_threads(threads)
     if streamer is not None:
         streamer.end()
     return input_ids
+
+
+def _loop(
+    steps: _Steps,
+    ids: Tensor,
+    process: LogitsProcessorList,
+    stop: StoppingCriteriaList,
+    sample: bool,
+    streamer: BaseStreamer | None,
+) -> Tensor:
+    """The prompt `ids` (1, tokens) and what follows it."""
+    logits = steps.prompt()
+    while True:
+        scores = process(cast(LongTensor, ids), cast(FloatTensor, logits.to(torch.float32, copy=True)))
+        if sample:
+            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        ids = torch.cat([ids, token], dim=-1)
+        done = bool(stop(ids, None).all())
+        if streamer is not None:
+            streamer.put(token[0])
+        if done:
+            return ids
+        logits = steps.next(token)
 
 
 def fast_generate(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -184,6 +206,7 @@ def _unsupported(
         <= {"past_key_values", "position_ids", "use_cache", "logits_to_keep", "attention_mask"},
         "positions of its own": positions is not None
         and not torch.equal(positions, torch.arange(input_ids.shape[1])[None]),
+        "a step that could not be captured before": _failed(model),
         "hooks on its modules": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
         "its own preparation of arguments": any(
             getattr(type(model), name) is not getattr(GenerationMixin, name) for name in own
@@ -213,6 +236,11 @@ def _fingerprint(model: nn.Module) -> Any:
         if t is not None
     ]
     return modules, tensors
+
+
+def _failed(model: nn.Module) -> bool:
+    key, capture = _captures.get(model, (None, None))
+    return key is not None and capture is None and bool(key[0] == _fingerprint(model))
 
 
 class _Steps:
@@ -266,6 +294,8 @@ class _Steps:
                 layer.length = self.length - 1
                 layer.reserve(self.length)
             self.buffers = self._buffers()
+            if capture.threaded:  # their threads and torch's, which wait by spinning, would share the cores
+                torch.set_num_threads(1)
         with torch.inference_mode():
             return capture(token, self.position, self.buffers)
 

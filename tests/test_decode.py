@@ -18,6 +18,7 @@ from rankgate.decode import decode, fast_generate
 from rankgate.errors import RankgateError
 from rankgate.methods import ASVDConfig, GSIConfig
 from rankgate.ops.attention import attend, attend_reference
+from rankgate.ops.fused import norm, norm_definition, rotary, rotary_definition
 
 METHODS = {
     "dense": None,
@@ -324,3 +325,29 @@ def test_attention_kernel_matches_its_definition(dtype, heads, groups, width, va
     assert torch.equal(keys, plain_keys)
     assert torch.equal(values, plain_values)
     assert (got - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.norm()
+    keys[:, :, 0, 0] = float("nan")
+    assert attend(q, k, v, keys, values, at, 0.3).isnan().all() or position == 0
+
+
+@pytest.mark.parametrize("width", [2, 30, 576])
+def test_fused_chains_match_their_definitions(width):
+    generator = torch.Generator().manual_seed(width)
+    x, weight, cos, sin = (torch.randn(1, 3, 1, width, generator=generator) for _ in range(4))
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    cos, sin, weight = cos[:, :1].contiguous(), sin[:, :1].contiguous(), weight[0, 0, 0]
+    for given in (x, turned):
+        torch.testing.assert_close(norm(given, weight, 1e-5), norm_definition(given, weight, 1e-5))
+        expected = rotary_definition(given, cos, sin, width // 2)
+        torch.testing.assert_close(rotary(given, cos, sin, width // 2), expected)
+    assert norm(torch.zeros(1, 1, width), weight, 1e-5).eq(0).all()
+    assert norm(x * float("nan"), weight, 1e-5).isnan().all()
+
+
+def test_chains_are_fused_where_they_fit():
+    counts = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama", dtype)
+        both(model, tokens(1, 6))
+        names = module._captures[model][1].function.__globals__.values()
+        counts[dtype] = [sum(f is kernel for f in names) for kernel in (norm, rotary)]
+    assert counts == {torch.float32: [5, 4], torch.bfloat16: [0, 0]}

@@ -21,6 +21,14 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
+# sums in any order, but a value that is not finite stays one
+FAST: dict[str, Any] = {
+    "cache": True,
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"},
+}
+
 
 def _pointer_to(kind: Any) -> Any:
     @intrinsic
@@ -35,10 +43,10 @@ def _pointer_to(kind: Any) -> Any:
     return pointer
 
 
-_floats, _halves, _integers = (_pointer_to(kind) for kind in (types.float32, types.uint16, types.int64))
+float_pointer, _halves, _integers = (_pointer_to(kind) for kind in (types.float32, types.uint16, types.int64))
 
 
-@njit(cache=True, fastmath=True, nogil=True, inline="always")
+@njit(inline="always", **FAST)
 def _widen(address: int, rows: int, width: int, half: bool, row: int, out: Any) -> None:
     """Row `row` of a (rows × width) array of bfloat16 (`half`) or float32, as float32."""
     if half:
@@ -46,21 +54,21 @@ def _widen(address: int, rows: int, width: int, half: bool, row: int, out: Any) 
         for i in range(width):
             words[i] = np.uint32(source[row, i]) << np.uint32(16)
     else:
-        source32 = carray(_floats(address), (rows, width))
+        source32 = carray(float_pointer(address), (rows, width))
         for i in range(width):
             out[i] = source32[row, i]
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(**FAST)
 def _store(address: int, rows: int, width: int, half: bool, row: int, new: int, new_row: int) -> None:
     """Row `new_row` of the array at `new`, of the same type, into row `row`."""
     if half:
         carray(_halves(address), (rows, width))[row] = carray(_halves(new), (new_row + 1, width))[new_row]
     else:
-        carray(_floats(address), (rows, width))[row] = carray(_floats(new), (new_row + 1, width))[new_row]
+        carray(float_pointer(address), (rows, width))[row] = carray(float_pointer(new), (new_row + 1, width))[new_row]
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(**FAST)
 def _attend(
     q: int,
     k: int,
@@ -79,7 +87,7 @@ def _attend(
 ) -> None:
     """All pointers are addresses; q (heads × width) and out (heads × value_width) are float32."""
     last = carray(_integers(position), 1)[0]
-    queries, outputs = carray(_floats(q), (heads, width)), carray(_floats(out), (heads, value_width))
+    queries, outputs = carray(float_pointer(q), (heads, width)), carray(float_pointer(out), (heads, value_width))
     share = heads // groups
     scores = np.empty((share, last + 1), np.float32)
     key, value = np.empty(width, np.float32), np.empty(value_width, np.float32)
