@@ -131,7 +131,7 @@ class GatedLinear(nn.Module):
 
 
 class ChannelGate(InputGroup[Tensor]):
-    """Which channels of x a token needs: |x_j| > t_j, a bool mask (..., n). `threshold` t: (n,) float32."""
+    """Which channels of x a token needs: |x_j| > t_j, a bool mask (..., n). `threshold` t: (n,)."""
 
     def __init__(self, threshold: Tensor) -> None:
         super().__init__()

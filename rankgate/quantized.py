@@ -104,7 +104,8 @@ class LowRank(nn.Module):
     def round(cls, A: Tensor, B: Tensor) -> LowRank:
         """The nearest 8-bit factors of A (m × r) and B (r × n)."""
         a, b = (v.abs().amax(dim).clamp_min(1e-20) / 127 for v, dim in ((A, 0), (B, 1)))
-        return cls((A / a).round().to(torch.int8), (B / b[:, None]).round().to(torch.int8), (a * b).float())
+        left, right = ((v / s).round().to(torch.int8).contiguous() for v, s in ((A, a), (B, b[:, None])))
+        return cls(left, right, (a * b).float())
 
     @property
     def rank(self) -> int:
@@ -122,8 +123,8 @@ class LowRank(nn.Module):
 class Refinement(nn.Module):
     """E_ij = row_i column_j (code_ij − 8), 4 bits, so stored that a thread reads channel j of its rows in one piece.
 
-    codes: (⌈m/128⌉, n, 64) uint8, the codes of 128 rows of one column side by side.  row: (m,), column: (n,) bfloat16.
-    threshold: (n,) float32, see `ChannelGate`.
+    codes: 32 n ⌈m/64⌉ uint8: for every 128 rows, and at last perhaps 64, column after column (see `_strips`).
+    row: (m,), column: (n,) and threshold: (n,), bfloat16; see `ChannelGate`.
     """
 
     def __init__(self, m: int, codes: Tensor, row: Tensor, column: Tensor, threshold: Tensor) -> None:
@@ -136,17 +137,31 @@ class Refinement(nn.Module):
     def pack(cls, codes: Tensor, row: Tensor, column: Tensor, threshold: Tensor) -> Refinement:
         """From codes 0…15 (m × n)."""
         m = codes.shape[0]
-        padded = F.pad(codes, (0, 0, 0, -m % COLUMN_ROWS), value=NIBBLE_ZERO)
-        stored = pack_nibbles(padded.unflatten(0, (-1, COLUMN_ROWS)).transpose(1, 2))
-        return cls(m, stored.contiguous(), row.to(torch.bfloat16), column.to(torch.bfloat16), threshold.float())
+        padded = F.pad(codes, (0, 0, 0, -m % GROUP), value=NIBBLE_ZERO)
+        stored = [pack_nibbles(strip.mT).flatten() for strip in _strips(padded) if strip.numel()]
+        return cls(m, torch.cat(stored), *(v.to(torch.bfloat16) for v in (row, column, threshold)))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """E (m × n)."""
-        codes = unpack_nibbles(self.codes).transpose(1, 2).flatten(0, 1)[: self.m].to(torch.int8) - NIBBLE_ZERO
-        return (codes.float() * self.row.float()[:, None] * self.column.float()).to(dtype)
+        n, rows = len(self.column), -(-self.m // GROUP) * GROUP
+        codes = torch.empty(rows, n, dtype=torch.int8, device=self.codes.device)
+        start = 0
+        for strip in _strips(codes):
+            width = strip.shape[-2] // 2
+            stored = self.codes[start : start + strip.numel() // 2].view(*strip.mT.shape[:-1], width)
+            strip.copy_(unpack_nibbles(stored).mT)
+            start += strip.numel() // 2
+        E = (codes[: self.m] - NIBBLE_ZERO).float() * self.row.float()[:, None] * self.column.float()
+        return E.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x * self.gate.shared(x), self.dequantize(x.dtype))
+
+
+def _strips(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of a matrix (multiple of 64 × n): strips of 128 rows (count × 128 × n), and the 64 that may remain."""
+    whole = len(rows) // COLUMN_ROWS * COLUMN_ROWS
+    return rows[:whole].unflatten(0, (-1, COLUMN_ROWS)), rows[whole:]
 
 
 class QuantizedGroup(InputGroup[Tensor]):
@@ -171,9 +186,9 @@ class QuantizedGroup(InputGroup[Tensor]):
             A, B = (torch.empty(shape, dtype=torch.int8) for shape in ((m, rank), (rank, n)))
             low_rank = LowRank(A, B, torch.empty(rank))
         if refined:
-            packed = torch.empty(-(-m // COLUMN_ROWS), n, COLUMN_ROWS // 2, dtype=torch.uint8)
+            packed = torch.empty(-(-m // GROUP) * n * GROUP // 2, dtype=torch.uint8)
             row, column = (torch.empty(size, dtype=torch.bfloat16) for size in (m, n))
-            refinement = Refinement(m, packed, row, column, torch.empty(n))
+            refinement = Refinement(m, packed, row, column, torch.empty_like(column))
         return cls(base, low_rank, refinement)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -239,3 +254,14 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantizedHead(QuantizedLinear):
+    """An output embedding: all rows of its group.
+
+    Some models ask for the dtype or shape of `weight`; it has both, of the dense one, but no data (meta device).
+    """
+
+    def __init__(self, group: QuantizedGroup, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(group, 0, group.base.m, bias)
+        self.weight = torch.empty(group.base.m, group.base.n, dtype=dtype, device="meta")

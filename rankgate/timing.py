@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankgate.methods.planned import Setting
-from rankgate.quantized import COLUMN_ROWS, GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
+from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
 
 CACHE_BYTES = 96 << 20  # weights that a timing runs through, more than caches hold
 COPIES = 256  # of a layer, at most: smaller layers are in the cache of a model that small, too
@@ -50,9 +50,14 @@ class Timer:
 
         And the bytes that such an x reads.
         """
-        blocks, chunks = -(-n // GROUP), -(-m // COLUMN_ROWS)
+        blocks = -(-n // GROUP)
         width = blocks * GROUP * setting.bits // 8
-        sizes = [m * width, m * setting.rank, setting.rank * n, chunks * n * COLUMN_ROWS // 2 if setting.refine else 0]
+        sizes = [
+            m * width,
+            m * setting.rank,
+            setting.rank * n,
+            -(-m // GROUP) * n * GROUP // 2 if setting.refine else 0,
+        ]
         codes, A, B, plane = cut(self.noise, sizes, i)
         kind = torch.uint8 if setting.bits == 4 else torch.int8
         base = QuantizedMatrix(n, codes.view(kind).view(m, width), torch.ones(m, blocks, dtype=torch.bfloat16), None)
@@ -61,8 +66,7 @@ class Timer:
             low_rank = LowRank(A.view(torch.int8).view(m, -1), B.view(torch.int8).view(-1, n), torch.ones(setting.rank))
         if setting.refine:
             row, column = (torch.ones(size, dtype=torch.bfloat16) for size in (m, n))
-            threshold = torch.full((n,), 1 - setting.refine)
-            refinement = Refinement(m, plane.view(chunks, n, COLUMN_ROWS // 2), row, column, threshold)
+            refinement = Refinement(m, plane, row, column, torch.full((n,), 1 - setting.refine, dtype=torch.bfloat16))
         group = QuantizedGroup(base, low_rank, refinement)
         stored = sum(p.numel() * p.element_size() for p in group.parameters())
         return group, stored - (1 - setting.refine) * plane.numel()

@@ -176,6 +176,6 @@ def test_timer_measures_and_accounts() -> None:
     timer = Timer(torch.float32)
     seconds, read = timer.quantized(128, 64, Setting(4, 16, 0.5))
     assert seconds > 0
-    base, factors, plane = 128 * (32 + 2), 16 * (128 + 64) + 4 * 16, 64 * 64 + 2 * (128 + 64) + 4 * 64
+    base, factors, plane = 128 * (32 + 2), 16 * (128 + 64) + 4 * 16, 64 * 64 + 2 * (128 + 64 + 64)
     assert read == base + factors + plane - 0.5 * 64 * 64
     assert timer.dense((128,), 64) > 0

@@ -101,7 +101,7 @@ def _open_channels(table: int, x: int, channels: Any, coefficients: Any) -> int:
     count = 0
     for j in range(channels.size):
         value = read_float(x, 4 * j)
-        if abs(value) > read_float(threshold, 4 * j):
+        if abs(value) > read_bfloat16(threshold, 2 * j):
             channels[count] = j
             coefficients[count] = value * read_bfloat16(column, 2 * j)
             count += 1
@@ -123,10 +123,12 @@ def _base_row(table: int, r: int, x: int, x_scale: int, shifts: int, blocks: int
 
 
 @njit(cache=True, fastmath=True, nogil=True)
-def _columns_of(table: int, chunk: int) -> int:
-    """Address of the rows from `chunk` on in column 0 of the refinement plane."""
-    n, plane = read_int64(table, 8 * N), read_int64(table, 8 * PLANE)
-    return plane + chunk // (2 * GROUP) * n * GROUP + chunk % (2 * GROUP) // 2
+def _columns_of(table: int, chunk: int) -> tuple[int, int]:
+    """Where the 64 rows from `chunk` on begin in column 0 of the refinement plane, and the bytes to the next column."""
+    m, n = read_int64(table, 8 * M), read_int64(table, 8 * N)
+    strip, pairs = chunk // (2 * GROUP), (m + GROUP - 1) // GROUP // 2
+    address = read_int64(table, 8 * PLANE) + strip * n * GROUP + chunk % (2 * GROUP) // 2
+    return address, GROUP if strip < pairs else GROUP // 2
 
 
 @njit(cache=True, fastmath=True, nogil=True)
@@ -137,9 +139,8 @@ def _refine(table: int, chunk: int, stop: int, channels: Any, coefficients: Any,
     for k in range(count):
         total += coefficients[k]
     sums = np.empty(GROUP, np.float32)
-    add_columns(
-        _columns_of(table, chunk), GROUP, channels.ctypes.data, coefficients.ctypes.data, count, sums.ctypes.data
-    )
+    address, stride = _columns_of(table, chunk)
+    add_columns(address, stride, channels.ctypes.data, coefficients.ctypes.data, count, sums.ctypes.data)
     for i in range(GROUP):
         r = chunk + COLUMN_ORDER[i]
         if r < stop:
@@ -169,7 +170,8 @@ def _gemv(table: int, x: int, y: int, threads: int) -> None:
         stop = min(chunks * (t + 1) // threads * GROUP, m)
         for chunk in range(chunks * t // threads * GROUP, stop, GROUP):
             if count:
-                prefetch_columns(_columns_of(table, chunk), GROUP, channels.ctypes.data, count)
+                address, stride = _columns_of(table, chunk)
+                prefetch_columns(address, stride, channels.ctypes.data, count)
             for r in range(chunk, min(chunk + GROUP, stop)):
                 value = _base_row(table, r, codes.ctypes.data, scale.ctypes.data, shifts.ctypes.data, blocks)
                 value += dot_bytes(factor + r * rank, z.ctypes.data, rank // LANES)
