@@ -32,7 +32,7 @@ from rankgate.core import ChannelGate, GatedLinear, SparseLinear, Subspace
 from rankgate.errors import RankgateError
 from rankgate.methods import METHODS, Method
 from rankgate.methods.context import ContextBasis, ContextLinear
-from rankgate.quantized import QuantizedGroup, QuantizedLinear
+from rankgate.quantized import QuantizedGroup, QuantizedHead, QuantizedLinear
 
 FORMAT = "rankgate-model-2"
 MANIFEST = "rankgate.json"
@@ -161,7 +161,7 @@ def _empty_shared(spec: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     n = spec["n"]
     if spec["kind"] == SparseLinear.__name__:
         return ChannelGate(torch.empty(n))
-    if spec["kind"] == QuantizedLinear.__name__:
+    if spec["kind"] in (QuantizedLinear.__name__, QuantizedHead.__name__):
         return QuantizedGroup.empty(
             spec["rows"], n, spec["bits"], spec["symmetric"], rank=spec["rank"], refined=spec["refined"]
         )
@@ -174,6 +174,8 @@ def _empty_layer(spec: dict[str, Any], shared: nn.Module, dtype: torch.dtype) ->
     m, n = spec["m"], spec["n"]
     bias = torch.empty(m, dtype=dtype) if spec["bias"] else None
     match shared:
+        case QuantizedGroup() if spec["kind"] == QuantizedHead.__name__:
+            return QuantizedHead(shared, bias, dtype)
         case QuantizedGroup():
             return QuantizedLinear(shared, spec["start"], spec["start"] + m, bias)
         case ChannelGate():

@@ -18,7 +18,7 @@ from rankgate.methods import Method
 from rankgate.methods.context import ContextLinear
 from rankgate.progress import track
 from rankgate.quantize import nearest
-from rankgate.quantized import QuantizedGroup, QuantizedLinear
+from rankgate.quantized import QuantizedGroup, QuantizedHead, QuantizedLinear
 
 Converted = GatedLinear | ContextLinear | QuantizedLinear | SparseLinear
 
@@ -89,7 +89,7 @@ def convert_head_(model: PreTrainedModel) -> LayerReport:
         raise RankgateError("the model has no output embedding that is a linear layer; leave out lm_head")
     layer = read_linear(name, head)
     group = QuantizedGroup(nearest(layer.W, bits=8), None, None)
-    model.set_submodule(name, QuantizedLinear(group, 0, layer.m, layer.bias))
+    model.set_submodule(name, QuantizedHead(group, layer.bias, layer.W.dtype))
     return LayerReport(name, name, layer.m, layer.n)
 
 

@@ -79,7 +79,8 @@ def factor(C: Tensor, damping: float) -> Tensor:
 
     Fewer tokens than inputs, or inputs that are always zero, leave C singular, and rounding decides its signs.
     """
-    mean = C.diagonal().mean()
+    mean = C.diagonal().mean().clamp_min(1e-30)
+    L: Tensor
     while True:
         damped = C.clone()
         damped.diagonal().add_(damping * mean)

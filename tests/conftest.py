@@ -68,8 +68,8 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(4, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def calibrated(model: PreTrainedModel) -> Stats:
-    return calibrate(model, tokens(16, 32, seed=1))
+def calibrated(model: PreTrainedModel, *, sensitivity: bool = False) -> Stats:
+    return calibrate(model, tokens(16, 32, seed=1), sensitivity=sensitivity)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,11 @@ def last(output: str) -> dict:
         ("--method", "svd", "--rank", "8"),
         ("--method", "asvd", "--rank", "0.5"),
         ("--method", "asvd", "--energy", "0.95", "--allow-larger"),
+        ("--method", "lrq", "--bits", "4", "--rank", "8", "--refine", "0.2", "--asymmetric"),
+        ("--method", "lrq", "--bits", "8", "--rank", "0", "--refine", "0", "--lm-head"),
+        ("--method", "int8"),
+        ("--method", "int4", "--lm-head"),
+        ("--method", "sparse", "--keep", "0.4"),
         (),
     ],
 )
@@ -47,7 +52,9 @@ def test_evaluate_prints_a_table_and_json(run, model_dir, options):
     assert all(key in record for key in NEEDED)
     assert record["tokens"] == 96 and record["scored"] == 93 and record["in_sample"] is False
     assert out.startswith("method")
-    assert (record["fire_rate"] is not None) == ("gsi" in options)
+    gated = {"gsi", "sparse"} & {*options} or "0.2" in options
+    assert (record["fire_rate"] is not None) == bool(gated)
+    assert record["lm_head"] == ("--lm-head" in options) == ("+ head" in out)
     assert (record["ppl_ratio"] == 1) == (not options)
 
 
@@ -71,6 +78,7 @@ def test_statistics_are_kept_and_reused(run, refuses, model_dir, tmp_path):
     kept = Stats.load(tmp_path / "stats")
     assert kept.tokens == 640 and kept.text == "pydoc:calibration"
     assert last(run(*options, "--calibration-text", "not/read")) == first
+    assert "without output sensitivities" in refuses(*options[:3], "lrq", *options[4:])
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)
     model = tiny_model("llama")
@@ -123,6 +131,14 @@ def test_bad_input_is_one_line_and_exit_code_2(refuses, model_dir, tmp_path):
         (*evaluate, "--eps", "-0.1"): "eps -0.1 is out of range",
         (*evaluate, "--method", "svd", "--eps", "0.1"): "--eps does not belong to --method svd",
         (*evaluate, "--method", "svd", "--energy", "2"): "energy 2.0 is out of range",
+        (*evaluate, "--bits", "4"): "--bits does not belong to --method gsi",
+        (*evaluate, "--method", "int8", "--asymmetric"): "--asymmetric does not belong to --method int8",
+        (*evaluate, "--method", "int4", "--allow-larger"): "--allow-larger does not belong to --method int4",
+        (*evaluate, "--method", "lrq", "--bits", "5"): "5 bits are not supported",
+        (*evaluate, "--method", "lrq", "--rank", "-1"): "rank -1",
+        (*evaluate, "--method", "lrq", "--rank", "0.5"): "lrq takes a whole number",
+        (*evaluate, "--method", "lrq", "--refine", "2"): "refine 2.0 is out of range",
+        (*evaluate, "--method", "sparse", "--keep", "0"): "keep 0.0 is out of range",
         (*evaluate, "--method", "int3"): "invalid choice",
         (*evaluate, "--text", tmp_path / "empty"): "is empty",
         (*evaluate, "--text", tmp_path / "short"): "short: the text has 10 tokens",

@@ -7,7 +7,7 @@ from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
 from rankgate.convert import convert_, converted_layers, twin
 from rankgate.core import GatedLinear
 from rankgate.errors import RankgateError
-from rankgate.methods import ASVDConfig, GSIConfig, SVDConfig
+from rankgate.methods import ASVDConfig, GSIConfig, SparseConfig, SVDConfig
 from rankgate.methods.svd import rank_at
 
 EXACT = {
@@ -18,6 +18,7 @@ EXACT = {
     "gsi eps 0": GSIConfig(rank=0.25, eps=0.0),
     "gsi context full rank": GSIConfig(rank=1.0, eps=1e-3, basis="context", allow_larger=True),
     "gsi context eps 0": GSIConfig(rank=0.25, eps=0.0, basis="context"),
+    "sparse keep 1": SparseConfig(keep=1.0),
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -54,7 +55,8 @@ def test_limits_are_not_trivial():
     dense = tiny_model("llama")
     stats = calibrated(dense)
     ids = tokens(2, 24)
-    for method in (SVDConfig(rank=4), ASVDConfig(rank=4), GSIConfig(4, 0.9), GSIConfig(4, 0.9, "context")):
+    contenders = SVDConfig(rank=4), ASVDConfig(rank=4), GSIConfig(4, 0.9), GSIConfig(4, 0.9, "context"), SparseConfig()
+    for method in contenders:
         model = twin(dense)
         convert_(model, method, stats)
         assert (logits(model, ids) - logits(dense, ids)).abs().max() > 1e-2
@@ -148,6 +150,8 @@ def test_layers_that_gain_nothing_stay_dense_and_say_why():
         (SVDConfig, {"rank": 4, "energy": 0.9}, "either a rank or an energy"),
         (SVDConfig, {"energy": 0.0}, "energy 0.0"),
         (ASVDConfig, {"energy": 1.1}, "energy 1.1"),
+        (SparseConfig, {"keep": 0.0}, "keep 0.0"),
+        (SparseConfig, {"keep": float("nan")}, "keep nan"),
     ],
 )
 def test_settings_out_of_range_are_refused(config, settings, message):

@@ -3,7 +3,7 @@ from conftest import calibrated, tiny_model, tokens
 
 from rankgate.convert import convert_, twin
 from rankgate.evaluation import evaluate
-from rankgate.methods import ASVDConfig, GSIConfig
+from rankgate.methods import ASVDConfig, GSIConfig, LRQConfig, SparseConfig
 from rankgate.pipeline import Conversion, Result
 from rankgate.tables import HEADERS, describe, markdown, row, verdict
 
@@ -42,6 +42,8 @@ def test_the_verdict_counts_only_held_out_rows_within_the_loss(records):
 def test_markdown_and_settings():
     assert markdown(("a", "b"), [("1", "2")]).splitlines() == ["| a | b |", "| :-- | --: |", "| 1 | 2 |"]
     assert describe({"name": "svd", "energy": 0.9, "allow_larger": True}) == "svd energy=0.9 all layers"
+    assert describe(LRQConfig(bits=8, rank=24, symmetric=False).record()) == "lrq 8 bits asymmetric r=24 refine=0.05"
+    assert describe(SparseConfig(keep=0.4).record()) == "sparse keep=0.4" and describe({"name": "int8"}) == "int8"
     assert (
         describe({"name": "gsi", "rank": 0.25, "eps": 0.2, "basis": "context"}) == "gsi k=0.25·n eps=0.2 context basis"
     )
