@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgate import checkpoint, texts
+from rankgate.decode import fast_generate
 from rankgate.errors import RankgateError
 from rankgate.gates import record_gates
 from rankgate.groups import linears
@@ -93,10 +95,7 @@ class Runner:
         self.long = _prompt(tokenizer, LONG_PROMPT)
         self.prompt = self.long[:, :prompt_tokens]
         self.options: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id or 0}
-        if subject.loop == "decode":
-            from rankgate.decode import decode
-
-            self.options["custom_generate"] = decode
+        self.generate: Any = model.generate if subject.loop == "generate" else partial(fast_generate, model)
         if subject.compiled:
             self.options["cache_implementation"] = "static"
             model.forward = torch.compile(model.forward)
@@ -128,9 +127,8 @@ class Runner:
         return {"bytes_per_token": bytes_per_token, "peak_memory_bytes": peak, "warm_up_s": self.warm_up_s}
 
     def _generate(self, ids: torch.Tensor, count: int, clock: Clock) -> None:
-        generate: Any = self.model.generate
-        mask = torch.ones_like(ids)
-        generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, streamer=clock, **self.options)
+        length = {"max_new_tokens": count, "min_new_tokens": count}
+        self.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **length, **self.options)
 
 
 def _open(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

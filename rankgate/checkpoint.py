@@ -83,6 +83,15 @@ def is_checkpoint(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
+def source_of(directory: str | Path) -> str:
+    """The dense model that a converted one was made from. Raises RankgateError if the manifest cannot be read."""
+    try:
+        source: str = json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))["provenance"]["source"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RankgateError(f"{directory} is damaged, convert it again: {error}") from error
+    return source
+
+
 def load(directory: str | Path) -> Checkpoint:
     """Open what `save` wrote; the tensors are bit for bit those that were saved.
 

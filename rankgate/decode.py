@@ -186,11 +186,11 @@ def _unsupported(
     """Why this call is left to the model, or None."""
     cache = kwargs.get("past_key_values")
     given = {name for name, value in kwargs.items() if value is not None}
-    positions = kwargs.get("position_ids")
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     own = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
     reasons = {
         "more than one sequence": input_ids.shape[0] != 1,
-        "padding": kwargs.get("attention_mask") is not None,
+        "padding": mask is not None and (mask.shape != input_ids.shape or not bool((mask == 1).all())),
         "an encoder": model.config.is_encoder_decoder,
         "a device other than the CPU": any(p.device.type != "cpu" for p in model.parameters()),
         "training mode": model.training,
@@ -249,7 +249,7 @@ class _Steps:
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
         self.model = model
         self.layers = [GrowingLayer() for _ in kwargs["past_key_values"].layers]
-        kwargs = {**kwargs, "past_key_values": Cache(layers=list(self.layers))}
+        kwargs = {**kwargs, "past_key_values": Cache(layers=list(self.layers)), "attention_mask": None}
         self.inputs = cast(Any, model).prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         self.inputs["return_dict"] = True
         self.length = input_ids.shape[1]  # tokens in the cache after the current call

@@ -71,8 +71,12 @@ def chosen_method(arguments: argparse.Namespace) -> Method:
     return method
 
 
+def settings_were_given(arguments: argparse.Namespace) -> bool:
+    return arguments.method is not None or bool(given(arguments))
+
+
 def method_was_given(arguments: argparse.Namespace) -> bool:
-    return arguments.method is not None or arguments.lm_head or bool(given(arguments))
+    return settings_were_given(arguments) or arguments.lm_head
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rankgate.calibration import GroupStats, Stats, evaluation_mode
+from rankgate.convert import convert_head_, twin
 from rankgate.errors import RankgateError
 from rankgate.files import atomic_path
 from rankgate.groups import Linear, linears, read_linear
@@ -120,10 +121,12 @@ class Plan:
     chosen: dict[str, Option]
     dense: dict[str, Option]
     predicted: dict[str, float]
-    measured: Measured | None
+    measured: Measured
+    built: Mapping[tuple[str, Setting], QuantizedGroup]
 
     def method(self) -> PlannedConfig:
-        return PlannedConfig({name: option.setting for name, option in self.chosen.items()})
+        """The conversion that this plan describes; what was built for it is used again."""
+        return PlannedConfig({name: option.setting for name, option in self.chosen.items()}, self.built)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON that may be edited; `load_settings` reads it."""
@@ -141,7 +144,7 @@ class Plan:
         record = {
             "budget": str(self.budget),
             "predicted": self.predicted,
-            "measured": self.measured and dataclasses.asdict(self.measured),
+            "measured": dataclasses.asdict(self.measured),
             "groups": groups,
         }
         with atomic_path(path) as temporary:
@@ -189,13 +192,16 @@ class Planner:
     """Everything that is measured once; `plan` then chooses, builds and checks.
 
     windows: held-out calibration text (count × context), for the sensitivity of groups and for the check.
+    lm_head: whether the output embedding will be int8, as `convert_` has it.
     """
 
-    def __init__(self, model: PreTrainedModel, stats: Stats, windows: Tensor, *, progress: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, stats: Stats, windows: Tensor, *, lm_head: bool = False, progress: bool = False
+    ) -> None:
         if any(group.sensitivity is None for group in stats.groups):
             raise RankgateError("a plan needs output sensitivities; calibrate anew with sensitivity=True")
         stats.check(model)
-        self.model, self.windows, self.progress = model, windows, progress
+        self.model, self.windows, self.lm_head, self.progress = model, windows, lm_head, progress
         self.groups = {group.members[0]: group for group in stats.groups}
         self.built: dict[tuple[str, Setting], QuantizedGroup] = {}
         self.timer = Timer(model.dtype)
@@ -223,13 +229,16 @@ class Planner:
 
     def check(self, chosen: Mapping[str, Option]) -> Measured:
         """Build the chosen groups, and measure the model that has them in place."""
-        modules: dict[str, nn.Module] = {}
+        model = twin(self.model)
         for name, option in track(list(chosen.items()), "building the plan", enabled=self.progress):
             if option.setting is not None:
-                modules |= self._modules(name, option.setting)
+                for member, module in self._modules(name, option.setting).items():
+                    model.set_submodule(member, module)
+        if self.lm_head:
+            convert_head_(model)
         loss, top = self.reference
-        with evaluation_mode(self.model), torch.inference_mode(), replaced(self.model, modules):
-            other_loss, other_top = predictions(self.model, self.windows, progress=self.progress)
+        with evaluation_mode(model), torch.inference_mode():
+            other_loss, other_top = predictions(model, self.windows, progress=self.progress)
         difference, same = other_loss - loss, (other_top == top).double()
         root = math.sqrt(len(loss))
         return Measured(
@@ -251,7 +260,7 @@ class Planner:
             "bits": 8 * sum(option.bytes for option in chosen.values()) / weights,
             "speedup": sum(o.seconds for o in dense.values()) / sum(o.seconds for o in chosen.values()),
         }
-        return Plan(budget, chosen, dense, predicted, measured)
+        return Plan(budget, chosen, dense, predicted, measured, self.built)
 
     def _dense(self) -> dict[str, Option]:
         return {name: options[0] for name, options in self.options.items()}
@@ -342,3 +351,26 @@ def predicted_losses(layers: list[Linear], stats: GroupStats, reference: Quantiz
 def sampled_loss(error: Tensor, D: Tensor) -> float:
     """½ E‖D e‖² over sampled output errors (T × m)."""
     return 0.5 * (error * D).square().sum(-1).mean().item()
+
+
+HEADERS = ("groups", "setting", "predicted KL", "us", "us dense", "MB/token")
+
+
+def table(plan: Plan) -> list[tuple[str, ...]]:
+    """The plan as rows of text under HEADERS, one per setting."""
+    rows: list[tuple[str, ...]] = []
+    for setting in [None, *SETTINGS]:
+        names = [name for name, option in plan.chosen.items() if option.setting == setting]
+        if names:
+            options, dense = [plan.chosen[name] for name in names], [plan.dense[name] for name in names]
+            rows.append(
+                (
+                    str(len(names)),
+                    "dense" if setting is None else str(setting),
+                    f"{sum(option.kl for option in options):.5f}",
+                    f"{1e6 * sum(option.seconds for option in options):.0f}",
+                    f"{1e6 * sum(option.seconds for option in dense):.0f}",
+                    f"{sum(option.bytes for option in options) / 1e6:.1f}",
+                )
+            )
+    return rows

@@ -26,6 +26,8 @@ def describe(method: Mapping[str, Any]) -> str:
     if method["name"] == "lrq":
         grid = f"{method['bits']} bits{'' if method['symmetric'] else ' asymmetric'}"
         words += [grid, f"r={rank}", f"refine={method['refine']:g}"]
+    elif method["name"] == "planned":
+        words.append(f"{sum(setting is not None for setting in method['settings'].values())} groups")
     elif rank is not None:
         full = "n" if method["name"] == "gsi" else "min(m,n)"
         words.append(f"k={rank:g}·{full}" if isinstance(rank, float) else f"k={rank}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -46,14 +46,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class PlannedConfig(Method):
-    """`settings` by the first member of an input group; groups that are not named, or have None, stay dense."""
+    """`settings` by the first member of an input group; groups that are not named, or have None, stay dense.
+
+    built: groups that are quantised already, by name and setting; they are used as they are.
+    """
 
     name: ClassVar[str] = "planned"
     settings: Mapping[str, Setting | None]
+    built: Mapping[tuple[str, Setting], QuantizedGroup] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         read = {name: _setting(name, value) for name, value in self.settings.items()}
         object.__setattr__(self, "settings", read)
+
+    def record(self) -> dict[str, Any]:
+        return {"name": self.name, "settings": {name: s and asdict(s) for name, s in self.settings.items()}}
 
     @property
     def needs_stats(self) -> bool:
@@ -72,7 +79,9 @@ class PlannedConfig(Method):
             if setting is None:
                 yield [Rewrite(None, 0, reason="the plan keeps it dense") for _ in layers]
             else:
-                group = assemble(quantize(layers, stats, setting), stats, setting)
+                group = self.built.get((layers[0].name, setting)) or assemble(
+                    quantize(layers, stats, setting), stats, setting
+                )
                 yield [Rewrite(module, setting.rank) for module in members(group, layers)]
         if unknown:
             raise RankgateError(f"the plan names {sorted(unknown)[0]}, which is not the first of an input group here")
