@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rankgate.core import GatedLinear, Subspace
     from rankgate.errors import RankgateError
     from rankgate.evaluation import Evaluation, evaluate
-    from rankgate.methods import ASVDConfig, GSIConfig, SVDConfig
+    from rankgate.methods import ASVDConfig, GSIConfig, Int4Config, Int8Config, LRQConfig, SparseConfig, SVDConfig
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,11 @@ _HOME = {
     "evaluate": "evaluation",
     "ASVDConfig": "methods",
     "GSIConfig": "methods",
+    "Int4Config": "methods",
+    "Int8Config": "methods",
+    "LRQConfig": "methods",
     "SVDConfig": "methods",
+    "SparseConfig": "methods",
 }
 
 __all__ = [
@@ -41,9 +45,13 @@ __all__ = [
     "Evaluation",
     "GSIConfig",
     "GatedLinear",
+    "Int4Config",
+    "Int8Config",
+    "LRQConfig",
     "LayerReport",
     "RankgateError",
     "SVDConfig",
+    "SparseConfig",
     "Stats",
     "Subspace",
     "calibrate",
