@@ -90,7 +90,7 @@ class Runner:
         if subject.dtype is not None:
             model.to(getattr(torch, subject.dtype))
         if subject.torchao is not None:
-            _quantize_torchao(model, subject.torchao)
+            quantize_torchao(model, subject.torchao)
         self.model = model.eval()
         self.long = _prompt(tokenizer, LONG_PROMPT)
         self.prompt = self.long[:, :prompt_tokens]
@@ -143,7 +143,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> torch.Tensor:
     return texts.token_windows(tokenizer, texts.load_text(texts.HELD_OUT), tokens, tokens)
 
 
-def _quantize_torchao(model: PreTrainedModel, kind: str) -> None:
+def quantize_torchao(model: PreTrainedModel, kind: str) -> None:
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     configs = {"int8": Int8WeightOnlyConfig, "int4": lambda: Int4WeightOnlyConfig(group_size=64)}

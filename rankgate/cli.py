@@ -356,8 +356,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
     show_table(HEADERS, table(report))
     print(
         f"batch 1, {arguments.prompt_tokens} prompt and {arguments.n} new tokens, medians of {arguments.rounds} rounds "
-        f"in turn, {report['threads']} threads; a plain copy moves {report['copy_bytes_per_s'] / 1e9:.1f} GB/s; bytes are "
-        "modelled from stored sizes and measured gates"
+        f"in turn, {report['threads']} threads; a plain copy moves {report['copy_bytes_per_s'] / 1e9:.1f} GB/s; bytes "
+        "are modelled from stored sizes and measured gates"
     )
     finish(arguments, report)
 

@@ -43,7 +43,7 @@ from rankgate.quantized import QuantizedGroup
 from rankgate.timing import Timer
 
 REFERENCE = Setting(4, rank=16)  # what a group's KL is measured with
-RANKS, REFINES = (0, 8, 16, 32, 64), (0.05, 0.2, 0.5)
+RANKS, REFINES = (0, 8, 16, 32, 64), (0.05, 0.2)
 SETTINGS = (
     Setting(8),
     *(Setting(4, rank) for rank in RANKS),
@@ -343,7 +343,7 @@ def predicted_losses(layers: list[Linear], stats: GroupStats, reference: Quantiz
     y = x @ W.T
     for setting in SETTINGS:
         if setting.refine:
-            refined = assemble(quantize(layers, stats, setting), stats, setting)
+            refined = assemble(quantize(layers, stats, setting, rounds=1), stats, setting)
             losses[setting] = losses[REFERENCE] * sampled_loss(y - refined.reference(x), D) / before
     return losses
 

@@ -34,6 +34,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rankgate.ops.rounding import round_block
 from rankgate.quantized import GROUP, LowRank, QuantizedMatrix, Refinement, grid, pad_to_group
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, tried for its scale
@@ -144,11 +145,8 @@ def compensated(W: Tensor, metric: Metric, bits: int, symmetric: bool) -> Quanti
     codes = torch.empty_like(rows)
     for start in range(0, len(rows), BLOCK):
         stop = min(start + BLOCK, len(rows))
-        errors = torch.empty_like(rows[start:stop])
-        for j in range(start, stop):
-            codes[j] = (rows[j] / s[j]).add_(z[j]).round_().clamp_(low, high)
-            errors[j - start] = (codes[j] - z[j]).mul_(s[j]).sub_(rows[j]).div_(-U[j, j])
-            rows[j + 1 : stop].addr_(U[j, j + 1 : stop], errors[j - start], alpha=-1)
+        block = slice(start, stop)
+        codes[block], errors = round_block(rows[block], s[block], z[block], U[block, block], low, high)
         rows[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     unordered = torch.empty_like(codes)
     unordered[order] = codes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -16,6 +17,7 @@ from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, 
 
 CACHE_BYTES = 96 << 20  # weights that a timing runs through, more than caches hold
 COPIES = 256  # of a layer, at most: smaller layers are in the cache of a model that small, too
+MOST_ROUNDS, ENOUGH_SECONDS = 7, 0.2
 
 
 class Timer:
@@ -79,13 +81,15 @@ def cut(memory: Tensor, sizes: list[int], i: int) -> list[Tensor]:
     return [memory[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def run(calls: list[Callable[[], object]], repeats: int = 5) -> float:
-    """Median seconds of all `calls`; a first round, which may compile, is not counted."""
-    seconds = []
+def run(calls: list[Callable[[], object]]) -> float:
+    """Median seconds of all `calls` over as many rounds as fit the time; a first one, which may compile, not counted."""
+    seconds: list[float] = []
     with torch.inference_mode():
-        for _ in range(repeats + 1):
+        for call in calls:
+            call()
+        while len(seconds) < MOST_ROUNDS and sum(seconds) < ENOUGH_SECONDS:
             start = time.perf_counter()
             for call in calls:
                 call()
             seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[repeats // 2]
+    return statistics.median(seconds)

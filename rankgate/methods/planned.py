@@ -96,15 +96,15 @@ def _setting(name: str, value: Any) -> Setting | None:
         raise RankgateError(f"the plan's setting of {name} is not understood: {error}") from error
 
 
-def quantize(layers: list[Linear], stats: GroupStats, setting: Setting) -> GroupResult:
-    """The linears of one group, stacked and quantised; gates are still shut."""
+def quantize(layers: list[Linear], stats: GroupStats, setting: Setting, rounds: int = 3) -> GroupResult:
+    """The linears of one group, stacked and quantised; gates are still shut. `rounds`: see `quantize_group`."""
     assert stats.sensitivity is not None
     W, C = torch.cat([layer.W for layer in layers]), stats.C
     if setting.refine:
         expected = ChannelWorth(stats.sample, rounding_worth(W, stats.sensitivity, setting.bits), len(W))
         C = closed_moment(C, stats.sample, expected.thresholds(gate_level([expected], setting.refine)))
     refined = setting.refine > 0
-    return quantize_group(W, C, stats.sensitivity, bits=setting.bits, rank=setting.rank, refined=refined)
+    return quantize_group(W, C, stats.sensitivity, bits=setting.bits, rank=setting.rank, refined=refined, rounds=rounds)
 
 
 def assemble(result: GroupResult, stats: GroupStats, setting: Setting) -> QuantizedGroup:
