@@ -92,7 +92,12 @@ class Runner:
         if subject.torchao is not None:
             quantize_torchao(model, subject.torchao)
         self.model = model.eval()
-        self.long = _prompt(tokenizer, LONG_PROMPT)
+        limit = getattr(model.config, "max_position_embeddings", None) or LONG_PROMPT + new_tokens
+        if prompt_tokens + new_tokens > limit:
+            raise RankgateError(
+                f"{prompt_tokens} prompt and {new_tokens} new tokens exceed the {limit} positions of {subject.model}"
+            )
+        self.long = _prompt(tokenizer, min(LONG_PROMPT, limit))
         self.prompt = self.long[:, :prompt_tokens]
         self.options: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id or 0}
         self.generate: Any = model.generate if subject.loop == "generate" else partial(fast_generate, model)
@@ -113,7 +118,7 @@ class Runner:
         with torch.inference_mode():
             start = time.perf_counter()
             self.model(input_ids=self.long, use_cache=False, logits_to_keep=1)
-        return {**figures, "prefill_tok_s": LONG_PROMPT / (time.perf_counter() - start)}
+        return {**figures, "prefill_tok_s": self.long.numel() / (time.perf_counter() - start)}
 
     def facts(self) -> dict[str, float | None]:
         """What does not change from round to round."""

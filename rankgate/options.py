@@ -10,7 +10,7 @@ from rankgate.errors import RankgateError
 if TYPE_CHECKING:
     from rankgate.methods import Method
 
-DEFAULT = "gsi"
+DEFAULT = "lrq"
 NAMES = ("gsi", "svd", "asvd", "lrq", "int8", "int4", "sparse")
 SETTINGS = ("rank", "eps", "energy", "basis", "bits", "refine", "symmetric", "keep", "allow_larger")
 UNLESS_GIVEN: dict[str, dict[str, Any]] = {"svd": {"energy": 0.9}, "asvd": {"rank": 0.5}}  # where one of two is needed

@@ -170,7 +170,8 @@ class QuantizedGroup(InputGroup[Tensor]):
     def __init__(self, base: QuantizedMatrix, low_rank: LowRank | None, refinement: Refinement | None) -> None:
         super().__init__()
         self.base, self.low_rank, self.refinement = base, low_rank, refinement
-        self._table: np.ndarray | None = None
+        self._table: np.ndarray | None = None  # once made it stays where it is: captured steps keep its address
+        self._moved = True
 
     @classmethod
     def empty(cls, m: int, n: int, bits: int, symmetric: bool, *, rank: int, refined: bool) -> QuantizedGroup:
@@ -213,15 +214,18 @@ class QuantizedGroup(InputGroup[Tensor]):
         """Address of what a kernel knows of this group's tensors, built once and again when they have moved."""
         if self._table is None:
             self._table = build(self)
+        elif self._moved:
+            self._table[:] = build(self)
+        self._moved = False
         return self._table.ctypes.data
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedGroup:
-        self._table = None
+        self._moved = True
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._table = None
+        self._moved = True
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, object]:

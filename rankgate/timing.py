@@ -82,7 +82,7 @@ def cut(memory: Tensor, sizes: list[int], i: int) -> list[Tensor]:
 
 
 def run(calls: list[Callable[[], object]]) -> float:
-    """Median seconds of all `calls` over as many rounds as fit the time; a first one, which may compile, not counted."""
+    """Median seconds of all `calls` over as many rounds as fit the time, after one that may compile."""
     seconds: list[float] = []
     with torch.inference_mode():
         for call in calls:

@@ -11,6 +11,7 @@ from conftest import tiny_model
 
 from rankgate import cli
 from rankgate.calibration import Stats
+from rankgate.timing import Timer
 
 SMALL = ("--context", "32", "--tokens", "96", "--calibration-tokens", "640", "--prompts", "2")
 NEEDED = ("ppl_dense", "ppl", "ppl_ratio", "top1", "kl_mean", "fire_rate", "read_speedup", "bits_per_weight", "tokens")
@@ -102,6 +103,34 @@ def test_text_that_was_calibrated_on_is_refused_unless_marked(run, refuses, mode
     assert "--in-sample" not in refuses("analyze", model_dir, "-o", tmp_path / "r", "--text", "no-file")
 
 
+def test_budget_plans_and_the_plan_applies_again(run, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Timer, "_dense", lambda self, outputs, n: 1.0)
+    monkeypatch.setattr(Timer, "_quantized", lambda self, m, n, setting: (setting.bits / 16, setting.bits / 8 * m * n))
+    calibration = ("--context", "64", "--calibration-tokens", "640", "--stats", tmp_path / "stats")
+    out = run("convert", model_dir, "-o", tmp_path / "a", "--budget", "bits=6", "--lm-head", *calibration, "--json")
+    record = last(out)
+    assert record["predicted"]["bits"] <= 6 and record["measured"]["tokens"] == 8192
+    assert "within bits=6: predicted perplexity" in out and "int4" in out
+    plan = tmp_path / "a" / "plan.json"
+    run("convert", model_dir, "-o", tmp_path / "b", "--plan", plan, "--lm-head", *calibration)
+    a, b = (last(run("evaluate", tmp_path / name, *SMALL, "--json")) for name in "ab")
+    assert {key: a[key] for key in NEEDED} == {key: b[key] for key in NEEDED}
+
+
+def test_bench_puts_models_side_by_side(run, model_dir, tmp_path):
+    run("convert", model_dir, "-o", tmp_path / "out", "--method", "int8")
+    out = run("bench", tmp_path / "out", "--prompt-tokens", "8", "-n", "4", "--rounds", "2", "--json")
+    rows = {(row["model"], row["loop"]): row for row in last(out)["rows"]}
+    assert len(rows) == 3  # float32 and bfloat16 are both generate(), see below
+    names = [row["name"] for row in last(out)["rows"]]
+    assert len(names) == len(set(names)) == 4
+    ours = rows[str(tmp_path / "out"), "decode"]
+    for key in ("decode_tok_s", "decode_speedup", "prefill_tok_s", "bytes_per_token", "peak_memory_bytes"):
+        assert ours[key] > 0
+    assert max(row["decode_speedup"] for row in last(out)["rows"] if row["dense"]) == 1
+    assert "x dense" in out and "a plain copy moves" in out
+
+
 def test_analyze_writes_a_report(run, model_dir, tmp_path):
     out = run("analyze", model_dir, "-o", tmp_path / "report", *SMALL[:6], "--json")
     assert len(last(out)["weights"]) == 14 and len(last(out)["inputs"]) == 8
@@ -119,19 +148,22 @@ def test_bad_input_is_one_line_and_exit_code_2(refuses, model_dir, tmp_path):
         (tmp_path / "bad model" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "bad model" / "model.safetensors").write_bytes(b"\xff" * 300)
     evaluate = ("evaluate", model_dir, *SMALL)
+    gsi = (*evaluate, "--method", "gsi")
+    convert = ("convert", model_dir, "-o", tmp_path / "out")
+    (tmp_path / "no plan").write_text("{}")
     cases = {
         ("evaluate", "no/such/dir"): "no model at no/such/dir",
         ("evaluate", tmp_path): "no config.json",
         ("evaluate", tmp_path / "empty"): "is not a model",
         ("evaluate", tmp_path / "bad model", *SMALL): "cannot load",
-        (*evaluate, "--rank", "0"): "rank 0 is out of range",
-        (*evaluate, "--rank", "33"): "exceeds the 32 inputs",
-        (*evaluate, "--rank", "1.5"): "rank 1.5 is out of range",
+        (*gsi, "--rank", "0"): "rank 0 is out of range",
+        (*gsi, "--rank", "33"): "exceeds the 32 inputs",
+        (*gsi, "--rank", "1.5"): "rank 1.5 is out of range",
         (*evaluate, "--rank", "many"): "neither a whole number nor a fraction",
-        (*evaluate, "--eps", "-0.1"): "eps -0.1 is out of range",
+        (*gsi, "--eps", "-0.1"): "eps -0.1 is out of range",
         (*evaluate, "--method", "svd", "--eps", "0.1"): "--eps does not belong to --method svd",
         (*evaluate, "--method", "svd", "--energy", "2"): "energy 2.0 is out of range",
-        (*evaluate, "--bits", "4"): "--bits does not belong to --method gsi",
+        (*gsi, "--bits", "4"): "--bits does not belong to --method gsi",
         (*evaluate, "--method", "int8", "--asymmetric"): "--asymmetric does not belong to --method int8",
         (*evaluate, "--method", "int4", "--allow-larger"): "--allow-larger does not belong to --method int4",
         (*evaluate, "--method", "lrq", "--bits", "5"): "5 bits are not supported",
@@ -161,6 +193,15 @@ def test_bad_input_is_one_line_and_exit_code_2(refuses, model_dir, tmp_path):
             "--calibration-text",
             tmp_path / "short",
         ): "10 tokens",
+        (*convert, "--budget", "ppl=0.9"): "budget ppl=0.9 is out of range",
+        (*convert, "--budget", "speed"): "write ppl=1.01, top1=0.98 or bits=5",
+        (*convert, "--budget", "bits=5", "--method", "int8"): "leave out its options",
+        (*convert, "--budget", "bits=5", "--plan", tmp_path / "no plan"): "one of the two",
+        (*convert, "--plan", tmp_path / "no plan"): "is not a plan",
+        (*convert, "--plan", tmp_path / "nowhere"): "is not a plan",
+        ("bench", "no/such/dir"): "no model at",
+        ("bench", model_dir, "-n", "2"): "at least 3 new",
+        ("bench", model_dir, "--prompt-tokens", "100"): "100 prompt and 128 new tokens",
         ("analyze", model_dir, "-o", tmp_path / "empty"): "cannot write",
         ("demo", "-o", tmp_path / "empty"): "cannot write",
         ("generate", model_dir, ""): "prompt is empty",

@@ -135,10 +135,11 @@ def test_changed_and_moved_tensors_are_seen() -> None:
     for parameter in other.parameters():
         parameter.data = (parameter.data.float() * 0.5).to(parameter.dtype)
     x = torch.randn(1, 64)
-    before = quantized(x)
+    before, address = quantized(x), quantized.table(cpu.table_of)
     quantized.load_state_dict(other.state_dict(), assign=True)
     after = quantized(x)
     assert not torch.equal(before, after)
+    assert quantized.table(cpu.table_of) == address  # captured steps keep it
     torch.testing.assert_close(after, other.reference(x), rtol=1e-3, atol=1e-3)
     assert torch.equal(copy.deepcopy(quantized)(x), after)
 
