@@ -43,13 +43,13 @@ from rankgate.quantized import QuantizedGroup
 from rankgate.timing import Timer
 
 REFERENCE = Setting(4, rank=16)  # what a group's KL is measured with
-RANKS, REFINES = (0, 8, 16, 32, 64), (0.05, 0.2)
+RANKS, REFINES = (0, 8, 16, 32, 64), (0.1,)
 SETTINGS = (
     Setting(8),
     *(Setting(4, rank) for rank in RANKS),
     *(Setting(4, REFERENCE.rank, refine) for refine in REFINES),
 )
-SENSITIVITY_TOKENS, VERIFY_TOKENS = 256, 8192
+SENSITIVITY_TOKENS, VERIFY_TOKENS = 128, 8192
 ONE_SIDED = 1.645  # standard errors of a 95 % bound
 ROUNDS = 5
 LOSS_PER_KL, FLIPS_PER_ROOT_KL = 0.75, 0.58  # first guesses, corrected by what is measured
