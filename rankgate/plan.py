@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from rankgate.quantized import QuantizedGroup
 from rankgate.timing import Timer
 
 REFERENCE = Setting(4, rank=16)  # what a group's KL is measured with
+QUICK = (Setting(8), REFERENCE)
 RANKS, REFINES = (0, 8, 16, 32, 64), (0.1,)
 SETTINGS = (
     Setting(8),
@@ -192,16 +193,25 @@ class Planner:
     """Everything that is measured once; `plan` then chooses, builds and checks.
 
     windows: held-out calibration text (count × context), for the sensitivity of groups and for the check.
-    lm_head: whether the output embedding will be int8, as `convert_` has it.
+    lm_head: whether the output embedding will be int8, as `convert_` has it. settings: to choose from; fewer take less
+    time to predict.
     """
 
     def __init__(
-        self, model: PreTrainedModel, stats: Stats, windows: Tensor, *, lm_head: bool = False, progress: bool = False
+        self,
+        model: PreTrainedModel,
+        stats: Stats,
+        windows: Tensor,
+        *,
+        lm_head: bool = False,
+        settings: Sequence[Setting] = SETTINGS,
+        progress: bool = False,
     ) -> None:
         if any(group.sensitivity is None for group in stats.groups):
             raise RankgateError("a plan needs output sensitivities; calibrate anew with sensitivity=True")
         stats.check(model)
         self.model, self.windows, self.lm_head, self.progress = model, windows, lm_head, progress
+        self.settings = settings
         self.groups = {group.members[0]: group for group in stats.groups}
         self.built: dict[tuple[str, Setting], QuantizedGroup] = {}
         self.timer = Timer(model.dtype)
@@ -297,12 +307,12 @@ class Planner:
             with replaced(self.model, self._modules(name, REFERENCE)):
                 other = log_probabilities(self.model, first)
             kl = F.kl_div(other, reference, log_target=True, reduction="batchmean").item()
-            losses = predicted_losses(layers, stats, self.built[name, REFERENCE])
+            losses = predicted_losses(layers, stats, self.built[name, REFERENCE], self.settings)
             factor = max(kl, 0.0) / losses[REFERENCE]
             m, n = sum(layer.m for layer in layers), layers[0].n
             seconds = self.timer.dense(tuple(layer.m for layer in layers), n)
             options[name] = [Option(None, 0.0, seconds, m * n * self.model.dtype.itemsize)]
-            for setting in SETTINGS:
+            for setting in self.settings:
                 faster, read = self.timer.quantized(m, n, setting)
                 if faster < seconds:
                     options[name].append(Option(setting, factor * losses[setting], faster, read))
@@ -321,30 +331,31 @@ class Planner:
         return dict(zip(self.groups[name].members, members(self.built[name, setting], layers), strict=True))
 
 
-def predicted_losses(layers: list[Linear], stats: GroupStats, reference: QuantizedGroup) -> dict[Setting, float]:
-    """Nats of KL per token under every setting, by second order; `reference` is the group under REFERENCE.
+def predicted_losses(
+    layers: list[Linear], stats: GroupStats, reference: QuantizedGroup, settings: Sequence[Setting]
+) -> dict[Setting, float]:
+    """Nats of KL per token under REFERENCE and `settings`, by second order; `reference` is the group under REFERENCE.
 
-    For rank and bits ½ tr(D E C Eᵀ D), for a refinement the same over the sampled inputs, relative to the reference.
+    For bits and rank ½ tr(D E C Eᵀ D), for a refinement the same over the sampled inputs, relative to the reference.
     """
     assert stats.sensitivity is not None and reference.low_rank is not None
     W, D, x = torch.cat([layer.W for layer in layers]).float(), output_weights(stats.sensitivity), stats.sample.float()
     metric, left = Metric(stats.C), W - reference.base.dequantize()
     rounded = predicted_loss(left, metric, D)
     left -= reference.low_rank.dequantize()
-    losses = {
-        Setting(8): quantize(layers, stats, Setting(8)).losses.rounded,
-        REFERENCE: predicted_loss(left, metric, D),
-    }
-    sigma = spectrum(W, stats.C, stats.sensitivity, REFERENCE.bits, True, max(RANKS))
-    restored = [0.0, *(sigma.double().square().cumsum(0) / 2).tolist()]
-    for rank in RANKS:  # as a correction of one round restores
-        losses.setdefault(Setting(4, rank), max(0.0, rounded - restored[min(rank, len(sigma))]))
-    before = sampled_loss(x @ left.T, D)
-    y = x @ W.T
-    for setting in SETTINGS:
+    losses = {REFERENCE: predicted_loss(left, metric, D)}
+    if ranks := [s.rank for s in settings if s.bits == 4 and not s.refine and s != REFERENCE]:
+        sigma = spectrum(W, stats.C, stats.sensitivity, REFERENCE.bits, True, max(ranks))
+        restored = [0.0, *(sigma.double().square().cumsum(0) / 2).tolist()]
+        for rank in ranks:  # as a correction of one round restores
+            losses[Setting(4, rank)] = max(0.0, rounded - restored[min(rank, len(sigma))])
+    for setting in settings:
         if setting.refine:
             refined = assemble(quantize(layers, stats, setting, rounds=1), stats, setting)
-            losses[setting] = losses[REFERENCE] * sampled_loss(y - refined.reference(x), D) / before
+            share = sampled_loss(x @ W.T - refined.reference(x), D) / sampled_loss(x @ left.T, D)
+            losses[setting] = losses[REFERENCE] * share
+        elif setting.bits == 8:
+            losses[setting] = quantize(layers, stats, setting).losses.corrected
     return losses
 
 

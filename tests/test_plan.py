@@ -159,10 +159,10 @@ def test_statistics_without_sensitivity_are_refused() -> None:
 def test_predicted_losses_fall_with_rank_bits_and_refinement(planner: Planner, stats: Stats) -> None:
     for name, group in planner.groups.items():
         reference = planner.built[name, planning.REFERENCE]
-        losses = planning.predicted_losses(planner._layers(name), group, reference)
+        losses = planning.predicted_losses(planner._layers(name), group, reference, [*SETTINGS, Setting(4, 16, 0.9)])
         by_rank = [losses[s] for s in SETTINGS if s.bits == 4 and not s.refine and s.rank != 16]
         assert by_rank == sorted(by_rank, reverse=True)
-        assert losses[Setting(4, 16, 0.1)] < losses[Setting(4, 16)]
+        assert losses[Setting(4, 16, 0.9)] < losses[Setting(4, 16)]
         assert losses[Setting(8)] < losses[Setting(4)]
 
 
