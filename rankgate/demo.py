@@ -33,13 +33,13 @@ from rankgate.texts import CALIBRATION, HELD_OUT
 
 CONTEXT = 512
 CALIBRATION_TOKENS = 8192
-CHECK_TOKENS = 2048
+CHECK_TOKENS = 4096
 TOKENS = 1024
 PROMPTS = 2
 SHOWN_PROMPT = 0
 
-BUDGET = Budget("ppl", 1.02)
-BENCH_ROUNDS = 3
+BUDGET = Budget("ppl", 1.01)
+BENCH_ROUNDS, NEW_TOKENS = 3, 64
 
 METHODS: tuple[Method, ...] = (
     GSIConfig(rank=0.25, eps=0.05),
@@ -120,7 +120,12 @@ def timed(opened: Opened, method: Method, stats: Stats) -> dict[str, Any]:
         layers = convert_(model, method, stats, lm_head=True)
         Checkpoint(model, opened.tokenizer, method, layers, provenance(opened, stats)).save(directory)
         del model
-        report = bench(subjects_for([str(directory)], DEFAULT, torchao=False), rounds=BENCH_ROUNDS, progress=True)
+        report = bench(
+            subjects_for([str(directory)], DEFAULT, torchao=False),
+            new_tokens=NEW_TOKENS,
+            rounds=BENCH_ROUNDS,
+            progress=True,
+        )
         for line in report["rows"]:
             line["name"] = line["name"].replace(str(directory), "planned")
     return report

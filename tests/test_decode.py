@@ -16,14 +16,14 @@ from rankgate.convert import convert_, twin
 from rankgate.core import InputGroup
 from rankgate.decode import decode, fast_generate
 from rankgate.errors import RankgateError
-from rankgate.methods import ASVDConfig, GSIConfig, Int8Config, SparseConfig
+from rankgate.methods import ASVDConfig, GSIConfig, LRQConfig, SparseConfig
 from rankgate.ops.attention import attend, attend_reference
 from rankgate.ops.fused import norm, norm_definition, rotary, rotary_definition
 
 METHODS = {
     "dense": None,
     "asvd": ASVDConfig(rank=0.3, allow_larger=True),
-    "int8": Int8Config(),
+    "lrq": LRQConfig(rank=8, refine=0.3, symmetric=False),
     "sparse": SparseConfig(keep=0.5),
     "gsi": GSIConfig(rank=0.5, eps=0.5, allow_larger=True),
     "context": GSIConfig(rank=0.25, eps=0.5, basis="context", allow_larger=True),
@@ -41,7 +41,7 @@ def variant(architecture, method, dtype=torch.float32):
     if METHODS[method] is None:
         return model
     converted = twin(model)
-    convert_(converted, METHODS[method], calibrated(model))
+    convert_(converted, METHODS[method], calibrated(model, sensitivity=METHODS[method].needs_sensitivity))
     return converted
 
 

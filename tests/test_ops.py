@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rankgate import ops
 from rankgate.ops import cpu
+from rankgate.ops.rounding import round_block
 from rankgate.quantized import (
     GROUP,
     LowRank,
@@ -162,3 +163,19 @@ def test_refinement_unpacks_to_what_was_packed() -> None:
     codes = torch.randint(0, 16, (130, 7))
     row, column = torch.ones(130), torch.ones(7)
     assert torch.equal(Refinement.pack(codes, row, column, torch.zeros(7)).dequantize(), codes.float() - 8)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (64, 130), (7, 65)])
+def test_compiled_rounding_is_the_loop_over_columns(columns: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, scale = torch.randn(columns, rows, generator=generator), torch.rand(columns, rows, generator=generator) + 0.1
+    zero = torch.randint(0, 16, (columns, rows), generator=generator).float()
+    U = torch.randn(columns, columns, generator=generator).triu() / 8 + torch.eye(columns)
+    codes, errors = round_block(W.clone(), scale, zero, U, 0, 15)
+    left = W.double()
+    for j in range(columns):
+        wanted = (left[j] / scale[j] + zero[j]).round().clamp(0, 15)
+        assert (codes[j] == wanted).float().mean() > 0.98  # float32 may fall on the other side of a half
+        error = (left[j] - (codes[j] - zero[j]) * scale[j]) / U[j, j]
+        torch.testing.assert_close(errors[j].double(), error, rtol=1e-3, atol=1e-4)
+        left[j + 1 :] -= U[j, j + 1 :, None] * error
