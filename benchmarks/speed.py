@@ -22,7 +22,7 @@ import torch
 from provenance import SEED, write
 
 from rankgate import checkpoint
-from rankgate.bench import HEADERS, TORCHAO, Subject, bench, quantize_torchao, subjects_for, table
+from rankgate.bench import HEADERS, TORCHAO, Subject, bench, peak_memory, quantize_torchao, subjects_for, table
 from rankgate.calibration import calibrate
 from rankgate.convert import convert_, twin
 from rankgate.evaluation import evaluate
@@ -104,7 +104,7 @@ def convert(opened: Opened, method: Method, stats: Any, test: torch.Tensor, dire
     clear_peak()
     before = resident()
     layers = convert_(model, method, stats, lm_head=True)
-    peak = peak_resident()
+    peak = peak_memory()
     with atomic_path(directory) as temporary:
         checkpoint.Checkpoint(model, opened.tokenizer, method, layers, provenance(opened, stats)).save(temporary)
     e = evaluate(opened.model, model, test)
@@ -141,11 +141,6 @@ def resident() -> int:
 
 def clear_peak() -> None:
     Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-
-
-def peak_resident() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 if __name__ == "__main__":

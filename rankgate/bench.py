@@ -14,17 +14,20 @@ or bfloat16, whichever is faster.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,8 +131,7 @@ class Runner:
                 self.model(input_ids=self.long, use_cache=False, logits_to_keep=1)
             reads = weight_reads(self.model, gates)
             bytes_per_token = reads.converted + reads.other
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"bytes_per_token": bytes_per_token, "peak_memory_bytes": peak, "warm_up_s": self.warm_up_s}
+        return {"bytes_per_token": bytes_per_token, "peak_memory_bytes": peak_memory(), "warm_up_s": self.warm_up_s}
 
     def _generate(self, ids: torch.Tensor, count: int, clock: Clock) -> None:
         length = {"max_new_tokens": count, "min_new_tokens": count}
@@ -199,8 +201,19 @@ class Worker:
         return answer
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # it may have ended already
+            self.pipe.send(None)
+        self.process.join(timeout=10)
         self.process.terminate()
         self.process.join()
+
+
+def peak_memory() -> int:
+    """Bytes of the largest resident memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux `getrusage` would count the parent's memory before the process was this one
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def copy_ceiling(repeats: int = 5) -> float:
