@@ -11,7 +11,8 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 # torch first, by its exact version: where a CPU build of it is at hand, pip takes that one
 .venv/demo: pyproject.toml constraints.txt
