@@ -10,6 +10,7 @@ or bfloat16, whichever is faster.
     prefill    prompt tokens per second of one long prompt
     bytes      weight bytes that one token reads (see `reads`), and their share of what a plain copy moves per second
     peak       largest resident memory of the process, loading included
+    warm-up    the first round, which compiles kernels (unless they are on disk) and captures the decode step
 """
 
 from __future__ import annotations
@@ -326,6 +327,7 @@ HEADERS = (
     "GB/s",
     "of copy",
     "peak MB",
+    "warm-up s",
 )
 
 
@@ -350,6 +352,7 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
                 "-" if reads is None else f"{row['bytes_per_s'] / 1e9:.1f}",
                 "-" if reads is None else f"{row['ceiling_share']:.0%}",
                 f"{row['peak_memory_bytes'] / 1e6:.0f}",
+                f"{row['warm_up_s']:.1f}",
             )
         )
     return lines

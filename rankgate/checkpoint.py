@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -105,9 +107,10 @@ def load(directory: str | Path) -> Checkpoint:
         settings = dict(manifest["method"])
         method = METHODS[settings.pop("name")](**settings)
         dtype = getattr(torch, manifest["dtype"])
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
+        with init_empty_weights(include_buffers=False):  # the dense weights would only be replaced
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
         _rebuild(model, manifest["modules"], dtype)
-        load_model(model, str(directory / TENSORS))
+        _fill(model, directory / TENSORS)
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -121,6 +124,21 @@ def load(directory: str | Path) -> Checkpoint:
         raise RankgateError(f"{directory} is damaged, convert it again: {reason}") from error
     method.attach(model)
     return Checkpoint(model.eval(), tokenizer, method, layers, provenance)
+
+
+def _fill(model: PreTrainedModel, path: Path) -> None:
+    """Put the tensors of a file in their places, shared ones where they were shared."""
+    with safe_open(path, framework="pt") as file:
+        aliases = {alias: kept for alias, kept in (file.metadata() or {}).items() if alias != "format"}
+        # copies, because how a product rounds may depend on where its operands begin in memory
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  it is no dictionary
+    unknown = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    for alias, kept in aliases.items():
+        owner, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(kept))
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unknown or empty:
+        raise ValueError(f"the tensors are not those of the manifest: {(unknown + empty)[0]}")
 
 
 def _describe(model: PreTrainedModel) -> list[dict[str, Any]]:
