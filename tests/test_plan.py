@@ -1,5 +1,6 @@
 """The planner: budgets, the choice, the check, plans on disk."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -23,12 +24,18 @@ def stats() -> Stats:
     return calibrate(tiny_model("llama"), tokens(16, 32, seed=1), sensitivity=True)
 
 
-@pytest.fixture
-def planner(stats: Stats, monkeypatch: pytest.MonkeyPatch) -> Planner:
+@pytest.fixture(scope="module")
+def prepared(stats: Stats) -> Planner:
     """With made-up timings: fewer bits are faster, and every setting is faster than dense."""
-    monkeypatch.setattr(Timer, "_dense", lambda self, outputs, n: 1.0)
-    monkeypatch.setattr(Timer, "_quantized", made_up)
-    return Planner(tiny_model("llama"), stats, tokens(8, 64, seed=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Timer, "_dense", lambda self, outputs, n: 1.0)
+        patch.setattr(Timer, "_quantized", made_up)
+        return Planner(tiny_model("llama"), stats, tokens(8, 64, seed=2))
+
+
+@pytest.fixture
+def planner(prepared: Planner) -> Planner:
+    return copy.copy(prepared)
 
 
 def made_up(_: Timer, m: int, n: int, setting: Setting) -> tuple[float, float]:
