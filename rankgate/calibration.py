@@ -32,14 +32,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rankgate.core import widen
 from rankgate.errors import RankgateError
 from rankgate.files import atomic_path
-from rankgate.groups import input_groups, linears
+from rankgate.groups import input_groups, linears, shape
 from rankgate.progress import track
 from rankgate.texts import run_hashes
 
@@ -184,7 +184,7 @@ def accumulate(model: PreTrainedModel, members: list[tuple[str, ...]], stride: i
     for names in members:
         first = modules[names[0]]
         assert isinstance(first.weight, Tensor)
-        n = getattr(first, "in_features", first.weight.shape[0])  # Conv1D keeps n × m
+        _, n = shape(first)
         dtype = torch.promote_types(first.weight.dtype, torch.float32)
         device = first.weight.device
         C, sample = torch.zeros(n, n, dtype=dtype, device=device), torch.empty(0, n, dtype=torch.bfloat16)
@@ -216,7 +216,7 @@ def measure_sensitivity(
     windows = windows[: max(1, SENSITIVITY_TOKENS // windows.shape[1])]
     generator = torch.Generator(model.device).manual_seed(0)
     modules = {name: model.get_submodule(name) for group in groups for name in group.members}
-    sums = {name: torch.zeros(outputs(module), device=model.device) for name, module in modules.items()}
+    sums = {name: torch.zeros(shape(module)[0], device=model.device) for name, module in modules.items()}
 
     def watch(y: Tensor, total: Tensor) -> None:
         def add(gradient: Tensor) -> None:
@@ -242,12 +242,6 @@ def measure_sensitivity(
         if not torch.isfinite(fisher).all():
             raise RankgateError(f"non-finite gradients at the output of {group.members[0]}; try a wider dtype")
         group.sensitivity = fisher
-
-
-def outputs(module: nn.Module) -> int:
-    """The number of outputs of an `nn.Linear` or `Conv1D`."""
-    assert isinstance(module.weight, Tensor)
-    return int(getattr(module, "out_features", module.weight.shape[1]))  # Conv1D keeps n × m
 
 
 @contextmanager

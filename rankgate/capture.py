@@ -58,10 +58,26 @@ class Uncapturable(Exception):
     """Why a model's step cannot be traced."""
 
 
-class _TracedLayer(CacheLayerMixin):
-    """Stands for one layer of the cache during a trace: hands out the whole buffers and remembers the new entry."""
+class CountedLayer(CacheLayerMixin):
+    """A layer of a cache without bound, of which `length` tokens are filled."""
 
     is_sliding = False
+    length: int
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name of some versions
+
+
+class _TracedLayer(CountedLayer):
+    """Stands for one layer of the cache during a trace: hands out the whole buffers and remembers the new entry."""
 
     def __init__(self, keys: Tensor, values: Tensor, position: Tensor, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -89,17 +105,6 @@ class _TracedLayer(CacheLayerMixin):
         self.attended = True
         out: Tensor = torch.ops.rankgate.attend(query, *self.entry, self.keys, self.values, self.position, scale)
         return out
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name of some versions
 
 
 def _attention(

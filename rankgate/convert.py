@@ -6,14 +6,13 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rankgate.calibration import GroupStats, Stats
 from rankgate.core import GatedLinear, SparseLinear
 from rankgate.errors import RankgateError
-from rankgate.groups import NOT_CALLED, Linear, input_groups, linears, read_linear
+from rankgate.groups import NOT_CALLED, Linear, input_groups, linears, read_linear, shape
 from rankgate.methods import Method
 from rankgate.methods.context import ContextLinear
 from rankgate.progress import track
@@ -107,13 +106,6 @@ def statistics_for(model: PreTrainedModel, method: Method, stats: Stats | None) 
     if method.needs_sensitivity and not stats.has_sensitivity:
         raise RankgateError(f"{method.name} needs output sensitivities; calibrate anew with sensitivity=True")
     return {group.members: group for group in stats.groups}
-
-
-def shape(module: nn.Module) -> tuple[int, int]:
-    """(m, n) of an `nn.Linear` or `Conv1D`."""
-    assert isinstance(module.weight, Tensor)
-    rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def converted_layers(model: nn.Module) -> Iterator[tuple[str, Converted]]:

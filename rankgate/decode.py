@@ -33,11 +33,11 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from rankgate.capture import Capture, Uncapturable
+from rankgate.capture import Capture, CountedLayer, Uncapturable
 from rankgate.errors import RankgateError
 
 CAPACITY = 256  # tokens that a new cache has room for
@@ -46,10 +46,8 @@ HALF_TOLERANCE = 0.1  # the same in other dtypes
 log = logging.getLogger(__name__)
 
 
-class GrowingLayer(CacheLayerMixin):
+class GrowingLayer(CountedLayer):
     """Keys and values (1, heads, capacity, width) of one layer, of which the first `length` are filled."""
-
-    is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,17 +79,6 @@ class GrowingLayer(CacheLayerMixin):
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name of some versions
 
 
 def decode(

@@ -48,6 +48,13 @@ def read_linear(name: str, module: nn.Module) -> Linear:
     return Linear(name, W.T.contiguous() if isinstance(module, Conv1D) else W, bias)
 
 
+def shape(module: nn.Module) -> tuple[int, int]:
+    """(m, n) of an `nn.Linear` or `Conv1D`."""
+    assert isinstance(module.weight, Tensor)
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
 def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every `nn.Linear` and `Conv1D` by name, without the output embedding (`lm_head`).
 

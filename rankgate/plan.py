@@ -207,7 +207,7 @@ class Planner:
         settings: Sequence[Setting] = SETTINGS,
         progress: bool = False,
     ) -> None:
-        if any(group.sensitivity is None for group in stats.groups):
+        if not stats.has_sensitivity:
             raise RankgateError("a plan needs output sensitivities; calibrate anew with sensitivity=True")
         stats.check(model)
         self.model, self.windows, self.lm_head, self.progress = model, windows, lm_head, progress
