@@ -41,6 +41,7 @@ from rankgate.gates import record_gates
 from rankgate.groups import linears
 from rankgate.pipeline import open_dense
 from rankgate.progress import track
+from rankgate.quantized import GROUP
 from rankgate.reads import weight_reads
 
 LONG_PROMPT = 512
@@ -152,10 +153,13 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> torch.Tensor:
 
 
 def quantize_torchao(model: PreTrainedModel, kind: str) -> None:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    """Torchao's weight-only quantisation on the CPU, output embedding included: "int8", or "int4" in groups of 64."""
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # the one with a CPU kernel
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    configs = {"int8": Int8WeightOnlyConfig, "int4": lambda: Int4WeightOnlyConfig(group_size=64)}
-    quantize_(model, configs[kind](), filter_fn=lambda module, name: name in linears(model))
+    config = Int8WeightOnlyConfig() if kind == "int8" else PrototypeInt4WeightOnlyConfig(group_size=GROUP)
+    chosen = {*linears(model).values(), model.get_output_embeddings()}
+    quantize_(model, config, filter_fn=lambda module, name: module in chosen)
 
 
 def _serve(pipe: Connection, subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
