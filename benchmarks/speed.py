@@ -26,6 +26,7 @@ from rankgate.calibration import Stats, calibrate
 from rankgate.convert import convert_, twin
 from rankgate.evaluation import evaluate
 from rankgate.files import atomic_path
+from rankgate.groups import linears
 from rankgate.methods import Int8Config, LRQConfig, Method
 from rankgate.pipeline import Opened, open_dense, provenance
 from rankgate.plan import VERIFY_TOKENS, Budget, Planner
@@ -123,9 +124,16 @@ def dense_or_torchao(opened: Opened, test: torch.Tensor, dtype: str, kind: str |
     model = copy.deepcopy(opened.model).to(getattr(torch, dtype))
     if kind is not None:
         quantize_torchao(model, kind)
-    measured = figures(opened, model, test)
-    measured["bits"] = None if kind is not None else measured["bits"]
-    return {"name": Subject(DEFAULT, "generate", dtype, kind).name, **measured}
+    weights = [module.weight for module in linears(model).values()]
+    stored = 8 * sum(map(stored_bytes, weights)) / sum(weight.numel() for weight in weights)
+    return {"name": Subject(DEFAULT, "generate", dtype, kind).name, **figures(opened, model, test), "bits": stored}
+
+
+def stored_bytes(weight: Any) -> int:
+    """Of a tensor, or of the tensors that a subclass wraps."""
+    if type(weight) in {torch.Tensor, torch.nn.Parameter}:
+        return int(weight.nbytes)
+    return sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
 
 
 def figures(opened: Opened, model: Any, test: torch.Tensor) -> dict[str, Any]:
