@@ -1,10 +1,11 @@
 """Kernels behind one signature each; the choice between them is made here and nowhere else.
 
-A kernel module is imported when it is first needed: `ops.cpu` brings Numba.
+A kernel module is imported when it is first needed: `ops.cpu` brings Numba, `ops.gpu` Triton.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
     from rankgate.quantized import QuantizedGroup
 
 FEW = 8  # tokens up to which one matrix-vector product each is faster than unpacking the matrix
+
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on `device`."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
 
 _library = torch.library.Library("rankgate", "DEF")
 _library.define("quantized_gemv(Tensor x, int table, int m) -> Tensor")
