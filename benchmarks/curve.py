@@ -2,10 +2,7 @@
 
     python benchmarks/curve.py ../shared/data/wikitext-2 [--device cuda]
 
-SmolLM2-135M, calibrated on valid.txt, measured on test.txt. About an hour on two cores, five minutes on a GPU. The
-weights of that model were on a 4-bit grid once (Q4_1: asymmetric, groups of 32). The last rows repeat lrq on the same
-model in a basis where they never were: the residual stream rotated by a random orthogonal matrix, which changes every
-weight and no output.
+SmolLM2-135M, calibrated on valid.txt, measured on test.txt. About an hour on two cores, five minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ from typing import Any
 
 import torch
 from provenance import SEED, write
-from rotation import rotate_
 
 from rankgate.calibration import calibrate
 from rankgate.methods import (
@@ -69,7 +65,6 @@ BASELINES: dict[str, Method] = {
     "svd": SVDConfig(energy=0.9),
     "asvd": ASVDConfig(rank=0.5),
 }
-ROTATED = {name: CURVE[name] for name in ("rank 16", "5 %", "36 %, asymmetric")}
 
 
 def main() -> None:
@@ -84,17 +79,19 @@ def main() -> None:
     records = []
     for part, methods in (("curve", CURVE), ("ablation", ABLATION), ("baseline", BASELINES)):
         records += measure(opened, arguments.folder, methods, part)
-    rotate_(opened.model, SEED)
-    records += measure(opened, arguments.folder, ROTATED, "rotated")
     settings = {
         "model": DEFAULT,
         "corpus": "WikiText-2, calibrated on valid, measured on test",
         "context": CONTEXT,
         "calibration_tokens": CALIBRATION_TOKENS,
         "tokens": TOKENS,
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
+        "device": describe_device(arguments.device),
     }
     write("curve", settings, records)
+
+
+def describe_device(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else device
 
 
 def measure(opened: Opened, folder: Path, methods: Mapping[str, Method], part: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Write docs/results.md, docs/foundation.png and the table in README.md from results/*.json.
+"""Write docs/results.md, its charts and the tables in README.md from results/*.json.
 
 python benchmarks/render.py            (tests check that it changes nothing)
 """
@@ -16,26 +16,35 @@ from rankgate.tables import number as short
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: written by benchmarks/render.py -->\n", "<!-- end of results -->"
-README_COLUMNS = (0, 1, 2, 3, 5, 6, 7)
+STORED = {"lrq", "int8", "int4"}  # methods with a format of their own; the others' weights count as bfloat16
+BITS_ASKED = ((4.7, 1.045), (5.0, 1.03), (5.5, 1.02), (6.2, 1.008))  # at most so many bits: at most this ratio
 
 
 def main() -> None:
     for path, text in documents().items():
         path.write_text(text, encoding="utf-8")
-    plot(load("foundation")).savefig(ROOT / "docs" / "foundation.png", dpi=120)
+    plot_reads(load("foundation")).savefig(ROOT / "docs" / "foundation.png", dpi=120)
+    plot_curve(load("curve"), load("speed")).savefig(ROOT / "docs" / "curve.png", dpi=120)
 
 
 def documents() -> dict[Path, str]:
     """Every generated text by its path."""
-    foundation, calibration = load("foundation"), load("calibration")
     readme = ROOT / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    rows = [row(record) for record in foundation["results"]]
-    short = markdown(pick(HEADERS), [pick(cells) for cells in rows])
     return {
-        readme: f"{before}{BEGIN}{short}\n{END}{after}",
-        ROOT / "docs" / "results.md": results(foundation, rows, calibration),
+        readme: f"{before}{BEGIN}{overview(load('curve'), load('speed'))}\n{END}{after}",
+        ROOT / "docs" / "results.md": "\n".join(
+            (
+                "# Results\n\nWritten by `benchmarks/render.py` from `benchmarks/results/*.json`; do not edit.\n",
+                quality(load("curve")),
+                controls(load("controls")),
+                plans(load("plans")),
+                speed(load("speed")),
+                literature(load("foundation")),
+                costs(load("calibration")),
+            )
+        ),
     }
 
 
@@ -44,17 +53,206 @@ def load(name: str) -> dict[str, Any]:
     return content
 
 
-def pick(cells: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(cells[i] for i in README_COLUMNS)
+def overview(curve: dict[str, Any], measured: dict[str, Any]) -> str:
+    """The README's tables: quality at the bits read, and speed."""
+    rows = [curve_row(r)[:4] for r in curve["results"] if r["part"] in {"curve", "baseline"}]
+    fast = [speed_row(r, qualities(measured))[:4] for r in measured["results"][0]["rows"] if "error" not in r]
+    return markdown(CURVE[:4], rows) + "\n\n" + markdown(SPEED[:4], fast)
 
 
-def results(foundation: dict[str, Any], rows: list[tuple[str, ...]], calibration: dict[str, Any]) -> str:
+CURVE = ("method", "bits read", "ppl ratio", "top-1", "KL mean", "on the front")
+
+
+def bits(record: dict[str, Any]) -> float:
+    """Bits per weight that a token reads of the linear layers."""
+    return float(record["bits_per_weight"]) if record["method"]["name"] in STORED else 16 / record["read_speedup"]
+
+
+def front(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that no other beats in both bits and divergence."""
+    return [
+        r for r in records if not any(bits(o) <= bits(r) and o["kl_mean"] < r["kl_mean"] for o in records if o is not r)
+    ]
+
+
+def curve_row(record: dict[str, Any], best: list[dict[str, Any]] | None = None) -> tuple[str, ...]:
+    return (
+        describe(record["method"]),
+        f"{bits(record):.2f}",
+        short(record["ppl_ratio"], 4),
+        short(record["top1"], 4),
+        short(record["kl_mean"], 4),
+        "yes" if best is not None and record in best else "",
+    )
+
+
+def quality(curve: dict[str, Any]) -> str:
+    settings, records = curve["settings"], curve["results"]
+    best = front(records)
+    rows = [curve_row(r, best) for r in records if r["part"] != "ablation"]
+    ablation = [(r["what"], *curve_row(r)[1:5]) for r in records if r["part"] == "ablation"]
+    asked = []
+    for limit, ratio in BITS_ASKED:
+        inside = min((r for r in records if bits(r) <= limit), key=lambda r: float(r["kl_mean"]))
+        got = inside["ppl_ratio"]
+        goal = f"at most {limit} bits: ratio ≤ {ratio}"
+        met = "yes" if got <= ratio else "**no**"
+        asked.append((goal, describe(inside["method"]), f"{bits(inside):.2f}", f"{got:.4f}", met))
+    return f"""## Quality against bytes
+
+{settings["corpus"]}: {settings["calibration_tokens"]:,} calibration tokens,
+{settings["tokens"]:,} test tokens in windows of {settings["context"]}. *bits read*: 8 x bytes of the linear layers that
+a token reads / weights, as stored and with the measured share of open gates. Methods without a format of their own are counted in bfloat16, where dense is 16 bits.
+*on the front*: no row of these tables reads fewer bits at less divergence. {source(curve)}
+
+{markdown(CURVE, rows)}
+
+![KL divergence from the dense model against bits read per weight](curve.png)
+
+The least divergence within a number of bits:
+
+{markdown(("goal", "method", "bits read", "ppl ratio", "met"), asked)}
+
+The difference of two perplexities of nearly equal models is noise of about sqrt(2 KL / tokens), one standard deviation:
+± {noise(records, 5, settings["tokens"]):.4f} near 5 bits, ± {noise(records, 6.2, settings["tokens"]):.4f} near 6.2.
+The mean KL orders settings better.
+
+### What each part contributes
+
+{markdown(("what", *CURVE[1:5]), ablation)}
+"""
+
+
+def controls(content: dict[str, Any]) -> str:
+    rows = []
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for record in content["results"]:
+        by_model.setdefault(record["part"], []).append(record)
+    for plain, dithered, rotated in zip(*(by_model[name] for name in ("as it is", "dithered", "rotated")), strict=True):
+        ratios = (f"{short(r['ppl_ratio'], 4)} / {short(r['kl_mean'], 4)}" for r in (plain, dithered, rotated))
+        rows.append((describe(plain["method"]), f"{bits(plain):.2f}", *ratios))
+    return f"""### Off the grid that the weights were on
+
+The model comes from a 4-bit file (Q4_1: asymmetric, groups of 32), so its weights lie on a grid of their own, and a
+method could do well by finding it again. The same settings, perplexity ratio / mean KL, each against its own dense
+model: *dithered* has uniform noise of one step of that grid on every weight; *rotated* has its residual stream in
+another basis, where every weight is different and every output the same. {source(content)}
+
+{markdown(("method", "bits read", "as it is", "dithered", "rotated"), rows)}
+
+What dithering leaves does not rest on the grid. What rotation takes away besides is what gates live on: a few channels
+of the residual stream that are much larger than the rest. A rotation and channel gates exclude each other.
+"""
+
+
+def noise(records: list[dict[str, Any]], near: float, tokens: int) -> float:
+    """Standard deviation of the loss difference between dense and the row of `near` bits."""
+    kl = min(records, key=lambda r: abs(bits(r) - near))["kl_mean"]
+    return float((2 * kl / tokens) ** 0.5)
+
+
+def plans(content: dict[str, Any]) -> str:
+    settings = content["settings"]
+    rows = []
+    for r in content["results"]:
+        kind = {"ppl": "ppl_ratio"}.get(r["budget"].partition("=")[0], r["budget"].partition("=")[0])
+        held_out = r["held_out"].get(kind)
+        rows.append(
+            (
+                r["budget"],
+                short(r["predicted"][kind], 4),
+                "-" if held_out is None else short(held_out, 4),
+                short(r["test"][kind], 4),
+                ", ".join(f"{count} x {'dense' if name == 'None' else name}" for name, count in r["settings"].items()),
+                f"{r['predicted']['speedup']:.2f}",
+                f"{r['planner_s'] / 60:.1f}",
+            )
+        )
+    headers = ("budget", "predicted", "held-out valid", "test", "groups", "linears predicted x dense", "minutes")
+    return f"""## Plans within budgets
+
+`convert --budget`, with `--lm-head`. What is budgeted, as predicted from the groups one by one, as measured on
+{settings["held_out_tokens"]:,} tokens of valid that were not calibrated on, and on {settings["tokens"]:,} tokens of
+test, which the planner never sees. {source(content)}
+
+{markdown(headers, rows)}
+"""
+
+
+SPEED = ("model, loop", "ppl ratio", "bits", "decode x dense", "10–90 %", "prefill x dense", "MB/token", "of a copy")
+
+
+def qualities(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {q["name"]: q for q in content["results"][0]["quality"]}
+
+
+def speed_row(row: dict[str, Any], quality_of: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    name = next(n for n in sorted(quality_of, key=len, reverse=True) if row["name"].startswith(n))
+    low, high = (x / row["decode_tok_s"] * row["decode_speedup"] for x in row["decode_tok_s_quantiles"])
+    reads = row["bytes_per_token"]
+    return (
+        row["name"].removeprefix("smollm2-135m "),
+        short(quality_of[name]["ppl_ratio"], 4),
+        f"{quality_of[name]['bits']:.2f}",
+        f"{row['decode_speedup']:.2f}",
+        f"{low:.2f} – {high:.2f}",
+        f"{row['prefill_speedup']:.2f}",
+        "-" if reads is None else f"{reads / 1e6:.0f}",
+        "-" if reads is None else f"{row['ceiling_share']:.0%}",
+    )
+
+
+def speed(content: dict[str, Any]) -> str:
+    settings, quality_of = content["settings"], qualities(content)
+    rows = content["results"][0]["rows"]
+    lines = [speed_row(r, quality_of) for r in rows if "error" not in r]
+    failed = "".join(f"\n{r['name']} did not run: {r['error']}\n" for r in rows if "error" in r)
+    return f"""## Speed at batch 1 on a CPU
+
+SmolLM2-135M, greedy, prompt of {settings["prompt_tokens"]} tokens, {settings["new_tokens"]} new ones, every subject in
+a process of its own, in turn, {settings["rounds"]} rounds: medians as ratios to *dense*, the faster of transformers'
+`generate()` in float32 and bfloat16. *generate* is that loop, *decode* ours. Converted models have an int8 output
+embedding, torchao's are converted likewise. *compiled*: static cache and `torch.compile`. *of a copy*: weight bytes per
+second over what a plain copy moves. Quality on {settings["tokens"]:,} test tokens.
+torchao {settings["torchao"]}. {source(content)}
+
+{markdown(SPEED, lines)}
+{failed}"""
+
+
+def literature(foundation: dict[str, Any]) -> str:
     settings = foundation["settings"]
+    return f"""## The methods of the literature, as published
+
+{settings["corpus"]}. {settings["calibration_tokens"]:,} calibration tokens, {settings["tokens"]:,} evaluation tokens
+in fixed windows of {settings["context"]}, {settings["prompts"]} prompts continued by 32 tokens. {source(foundation)}
+
+{markdown(HEADERS, [row(record) for record in foundation["results"]])}
+
+*reads / dense* counts the weight bytes that the linear layers read per token: modelled from stored bytes and the
+measured fire rate; above 1 a method reads more than the dense model. The dense weights are float32 (32 bits).
+*all layers*: also those whose factors are larger than the layer; otherwise these stay dense.
+*same text*: share of prompts continued with the same characters. In-sample rows are measured on the text that was
+calibrated on.
+
+![divergence from the dense model against weight reads](foundation.png)
+"""
+
+
+def costs(calibration: dict[str, Any]) -> str:
     by_what: dict[str, list[dict[str, Any]]] = {}
     for record in calibration["results"]:
         by_what.setdefault(record["what"], []).append(record)
-    memory = [(r["method"], f"{r['peak_bytes'] / 2**30:.2f}") for r in by_what["memory"]]
-    costs = [
+    dense = next(r for r in by_what["memory"] if r["name"] == "dense, loaded")
+    memory = [
+        (
+            r["name"],
+            *(f"{r[key] / 1e6:.0f} ({r[key] / dense[key]:.2f})" for key in ("peak_bytes", "resident_bytes")),
+            f"{r['file_bytes'] / 1e6:.0f} ({r['file_bytes'] / dense['file_bytes']:.2f})" if "file_bytes" in r else "-",
+        )
+        for r in by_what["memory"]
+    ]
+    times = [
         (
             "SmolLM2-135M" if r["what"] == "tokens" else "random Llama, 4 layers",
             f"{r['width']}",
@@ -64,45 +262,29 @@ def results(foundation: dict[str, Any], rows: list[tuple[str, ...]], calibration
         )
         for r in by_what["tokens"] + by_what["width"]
     ]
-    return f"""# Results
-
-Written by `benchmarks/render.py` from `benchmarks/results/*.json`; do not edit.
-
-## Methods on SmolLM2-135M
-
-{settings["corpus"]}. {settings["calibration_tokens"]:,} calibration tokens, {settings["tokens"]:,} evaluation tokens in
-fixed windows of {settings["context"]}, {settings["prompts"]} prompts continued by 32 tokens. {source(foundation)}
-
-{markdown(HEADERS, rows)}
-
-*reads / dense* counts the weight bytes that the linear layers read per token: modelled from stored bytes and the
-measured fire rate; above 1 a method reads more than the dense model. The dense weights are float32 (32 bits).
-*all layers*: also those whose factors are larger than the layer; otherwise these stay dense.
-*same text*: share of prompts continued with the same characters. In-sample rows are measured on the text that was
-calibrated on.
-
-![divergence from the dense model against weight reads](foundation.png)
-
-## What calibration costs
+    return f"""## What calibration and conversion cost
 
 Calibration over plain forward passes on the same tokens, run in turn {calibration["settings"]["repeats"]} times; the
 ratio of the medians, and the range of the ratios. {source(calibration)}
 
-{markdown(("model", "width", "tokens", "ratio", "range"), costs)}
+{markdown(("model", "width", "tokens", "ratio", "range"), times)}
 
-Peak resident memory of a process that loads, calibrates (8,192 tokens), converts and saves SmolLM2-135M:
+Memory of a process of its own, in MB and in relation to one that has only loaded the dense model, interpreter and
+libraries included. *convert* loads, calibrates on 8,192 tokens, converts and saves. Files of dense: in float32.
 
-{markdown(("method", "GiB"), memory)}
+{markdown(("SmolLM2-135M", "peak resident", "resident at the end", "files"), memory)}
 """
 
 
 def source(content: dict[str, Any]) -> str:
-    p = content["provenance"]
+    p, settings = content["provenance"], content["settings"]
     versions = ", ".join(f"{name} {p[name]}" for name in ("rankgate", "torch", "transformers", "python"))
-    return f"{p['device']}; {versions}; commit {p['commit']}; {p['date']}; seed {p['seed']}."
+    device = settings.get("device", "cpu")
+    device = p["device"] if device == "cpu" else device
+    return f"{device}; {versions}; commit {p['commit']}; {p['date']}; seed {p['seed']}."
 
 
-def plot(foundation: dict[str, Any]) -> Figure:
+def plot_reads(foundation: dict[str, Any]) -> Figure:
     """Divergence against reads: one wants to be low and on the left."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -118,6 +300,41 @@ def plot(foundation: dict[str, Any]) -> Figure:
     axes.annotate("dense", (1, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points")
     axes.set(xlabel="weight reads / dense (modelled)", ylabel="KL(dense ‖ converted), nats", yscale="log")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def plot_curve(curve: dict[str, Any], measured: dict[str, Any]) -> Figure:
+    """Divergence against bits read: one wants to be low and on the left."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    records = curve["results"]
+    best = sorted(front(records), key=bits)
+    axes.plot([bits(r) for r in best], [r["kl_mean"] for r in best], color="C0", linewidth=1, zorder=2, label="front")
+    for r in records:
+        own = r["method"]["name"] == "lrq"
+        axes.scatter(bits(r), r["kl_mean"], color="C0" if own else "C3", s=18, zorder=3)
+        if not own or r in best:
+            name = describe(r["method"]).removeprefix("lrq ").replace("4 bits ", "")
+            axes.annotate(name, (bits(r), r["kl_mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    for name, q in qualities(measured).items():
+        if "torchao" in name:
+            axes.scatter(q["bits"], q["kl_mean"], color="C2", marker="s", s=18, zorder=3)
+            label = name.removeprefix("smollm2-135m bfloat16 ").removesuffix(" generate")
+            axes.annotate(label, (q["bits"], q["kl_mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    axes.axvline(16, color="0.6", linewidth=0.8)
+    axes.annotate(
+        "dense, bfloat16",
+        (16, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -10),
+        textcoords="offset points",
+        fontsize=7,
+    )
+    axes.set(xlabel="bits read per weight of the linear layers", ylabel="KL(dense ‖ converted), nats per token")
+    axes.set(
+        xscale="log", yscale="log", xticks=[4, 5, 6, 8, 12, 16, 24], xticklabels=["4", "5", "6", "8", "12", "16", "24"]
+    )
+    axes.minorticks_off()
     return figure
 
 
