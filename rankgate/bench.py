@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from rankgate import checkpoint, texts
+from rankgate import texts
 from rankgate.decode import fast_generate
 from rankgate.errors import RankgateError
 from rankgate.gates import record_gates
 from rankgate.groups import linears
-from rankgate.pipeline import open_dense
+from rankgate.pipeline import open_any
 from rankgate.progress import track
 from rankgate.quantized import GROUP
 from rankgate.reads import weight_reads
@@ -91,7 +91,8 @@ class Runner:
 
     def __init__(self, subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
         self.subject, self.new_tokens = subject, new_tokens
-        model, tokenizer = _open(subject.model)
+        opened = open_any(subject.model)
+        model = opened.model
         if subject.dtype is not None:
             model.to(getattr(torch, subject.dtype))
         if subject.torchao is not None:
@@ -102,9 +103,10 @@ class Runner:
             raise RankgateError(
                 f"{prompt_tokens} prompt and {new_tokens} new tokens exceed the {limit} positions of {subject.model}"
             )
-        self.long = _prompt(tokenizer, min(LONG_PROMPT, limit))
+        length = min(LONG_PROMPT, limit)
+        self.long = opened.windows(texts.HELD_OUT, length, length)
         self.prompt = self.long[:, :prompt_tokens]
-        self.options: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id or 0}
+        self.options: dict[str, Any] = {"do_sample": False, "pad_token_id": opened.tokenizer.pad_token_id or 0}
         self.generate: Any = model.generate if subject.loop == "generate" else partial(fast_generate, model)
         if subject.compiled:
             self.options["cache_implementation"] = "static"
@@ -138,18 +140,6 @@ class Runner:
     def _generate(self, ids: torch.Tensor, count: int, clock: Clock) -> None:
         length = {"max_new_tokens": count, "min_new_tokens": count}
         self.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **length, **self.options)
-
-
-def _open(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if checkpoint.is_checkpoint(name):
-        converted = checkpoint.load(name)
-        return converted.model, converted.tokenizer
-    opened = open_dense(name)
-    return opened.model, opened.tokenizer
-
-
-def _prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> torch.Tensor:
-    return texts.token_windows(tokenizer, texts.load_text(texts.HELD_OUT), tokens, tokens)
 
 
 def quantize_torchao(model: PreTrainedModel, kind: str) -> None:

@@ -366,22 +366,18 @@ def run_generate(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from rankgate import checkpoint
     from rankgate.decode import fast_generate
+    from rankgate.pipeline import open_any
 
-    if checkpoint.is_checkpoint(arguments.model):
-        say(f"loading {arguments.model}")
-        converted = checkpoint.load(arguments.model)
-        model, tokenizer = converted.model, converted.tokenizer
-    else:
-        dense = opened(arguments.model)
-        model, tokenizer = dense.model, dense.tokenizer
+    say(f"loading {arguments.model}")
+    model = open_any(arguments.model)
+    tokenizer = model.tokenizer
     prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids
     if prompt.shape[1] == 0:
         raise RankgateError("the prompt is empty; write the beginning of a text")
     streamer = None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True)
     out = fast_generate(
-        model,
+        model.model,
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=arguments.n,

@@ -23,7 +23,7 @@ PROMPT_TOKENS = 32
 
 @dataclass(frozen=True)
 class Opened:
-    """A dense model ready for work. `name` is how a checkpoint refers back to it."""
+    """A model ready for work, dense where nothing else is said. `name` is how a checkpoint refers back to it."""
 
     name: str
     model: PreTrainedModel
@@ -46,6 +46,14 @@ def open_dense(name: str) -> Opened:
     if checkpoint.is_checkpoint(source.path):
         raise RankgateError(f"{name} is converted already; give the dense model")
     return Opened(source.name, *sources.load(source))
+
+
+def open_any(name: str) -> Opened:
+    """Load a dense or a converted model. Raises RankgateError if there is none."""
+    if not checkpoint.is_checkpoint(name):
+        return open_dense(name)
+    converted = checkpoint.load(name)
+    return Opened(name, converted.model, converted.tokenizer)
 
 
 def statistics(

@@ -5,6 +5,7 @@ Weights are read from safetensors or GGUF only; nothing is ever unpickled and no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -52,6 +53,7 @@ class Source:
     name: str  # as the user may write it again, from any directory
     path: str  # a directory or a hub id
     gguf: str | None = None  # a file in that directory
+    unpacked: str | None = None  # a directory to keep what was read from that file, which takes long
 
 
 def resolve(name: str) -> Source:
@@ -61,7 +63,10 @@ def resolve(name: str) -> Source:
     """
     if name in EMBEDDED:
         file = fetch_embedded(name)
-        return Source(name, str(file.parent), file.name)
+        unpacked = file.parent / f"float32-{EMBEDDED[name].gguf_sha256[:8]}"
+        if unpacked.is_dir():
+            return Source(name, str(unpacked))
+        return Source(name, str(file.parent), file.name, str(unpacked))
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return Source(str(path.absolute()), str(path.absolute().parent), path.name)
@@ -92,6 +97,11 @@ def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise RankgateError(f"cannot load {source.name}: {reason}") from error
     if source.gguf is not None:  # the weights are plain floats now; the file's quantisation is history
         del model.config.quantization_config
+        model.hf_quantizer = None
+    if source.unpacked is not None:  # without it the next time only takes longer: no room, or another process did it
+        with contextlib.suppress(OSError, RankgateError), atomic_path(source.unpacked) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     return model.eval(), tokenizer
 
 

