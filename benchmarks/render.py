@@ -103,7 +103,8 @@ def quality(curve: dict[str, Any]) -> str:
 {settings["corpus"]}: {settings["calibration_tokens"]:,} calibration tokens,
 {settings["tokens"]:,} test tokens in windows of {settings["context"]}. *bits read*: 8 x bytes of the linear layers that
 a token reads / weights, as stored and with the measured share of open gates. Methods without a format of their own are
-counted in bfloat16, where dense is 16 bits. *on the front*: no row of these tables reads fewer bits at less divergence. {source(curve)}
+counted in bfloat16, where dense is 16 bits. *on the front*: no row of these tables reads fewer bits at less divergence.
+{source(curve)}
 
 {markdown(CURVE, rows)}
 

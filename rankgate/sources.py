@@ -97,7 +97,7 @@ def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise RankgateError(f"cannot load {source.name}: {reason}") from error
     if source.gguf is not None:  # the weights are plain floats now; the file's quantisation is history
         del model.config.quantization_config
-        model.hf_quantizer = None
+        del model.hf_quantizer
     if source.unpacked is not None:  # without it the next time only takes longer: no room, or another process did it
         with contextlib.suppress(OSError, RankgateError), atomic_path(source.unpacked) as temporary:
             model.save_pretrained(temporary)
