@@ -42,6 +42,7 @@ def documents() -> dict[Path, str]:
                 plans(load("plans")),
                 speed(load("speed")),
                 literature(load("foundation")),
+                memory(load("memory")),
                 costs(load("calibration")),
             )
         ),
@@ -240,19 +241,28 @@ calibrated on.
 """
 
 
+def memory(content: dict[str, Any]) -> str:
+    records = content["results"]
+    dense = next(r for r in records if r["name"] == "dense, loaded")
+
+    def cell(record: dict[str, Any], key: str) -> str:
+        return f"{record[key] / 1e6:.0f} ({record[key] / dense[key]:.2f})" if key in record else "-"
+
+    keys = ("peak_bytes", "resident_bytes", "file_bytes")
+    rows = [(r["name"], *(cell(r, key) for key in keys)) for r in records]
+    return f"""## Memory
+
+SmolLM2-135M in float32, in MB and in relation to a process that has only loaded the dense model, interpreter and
+libraries included. *convert* loads, calibrates on 8,192 tokens, converts and saves. {source(content)}
+
+{markdown(("process", "highest resident", "resident at the end", "files"), rows)}
+"""
+
+
 def costs(calibration: dict[str, Any]) -> str:
     by_what: dict[str, list[dict[str, Any]]] = {}
     for record in calibration["results"]:
         by_what.setdefault(record["what"], []).append(record)
-    dense = next(r for r in by_what["memory"] if r["name"] == "dense, loaded")
-    memory = [
-        (
-            r["name"],
-            *(f"{r[key] / 1e6:.0f} ({r[key] / dense[key]:.2f})" for key in ("peak_bytes", "resident_bytes")),
-            f"{r['file_bytes'] / 1e6:.0f} ({r['file_bytes'] / dense['file_bytes']:.2f})" if "file_bytes" in r else "-",
-        )
-        for r in by_what["memory"]
-    ]
     times = [
         (
             "SmolLM2-135M" if r["what"] == "tokens" else "random Llama, 4 layers",
@@ -263,17 +273,12 @@ def costs(calibration: dict[str, Any]) -> str:
         )
         for r in by_what["tokens"] + by_what["width"]
     ]
-    return f"""## What calibration and conversion cost
+    return f"""## What calibration costs
 
 Calibration over plain forward passes on the same tokens, run in turn {calibration["settings"]["repeats"]} times; the
 ratio of the medians, and the range of the ratios. {source(calibration)}
 
 {markdown(("model", "width", "tokens", "ratio", "range"), times)}
-
-Memory of a process of its own, in MB and in relation to one that has only loaded the dense model, interpreter and
-libraries included. *convert* loads, calibrates on 8,192 tokens, converts and saves. Files of dense: in float32.
-
-{markdown(("SmolLM2-135M", "peak resident", "resident at the end", "files"), memory)}
 """
 
 

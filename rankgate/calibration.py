@@ -10,13 +10,13 @@ whatever the number of tokens. C is symmetric, so only the blocks on and above i
 embedding is not run: its input is not needed. Of the activations themselves, a sample of at most 256 tokens is kept,
 evenly spread over the text: what gates are calibrated on.
 
-On request, a second pass over the first 2,048 tokens measures how much each output y_i matters,
+On request, a pass over the first 2,048 tokens before that measures how much each output y_i matters,
 
     F_i = E[(∂ℓ / ∂y_i)²]                                 ℓ: log-likelihood of a label sampled from the model itself
 
 the diagonal of the Fisher information. An error δ of the outputs then costs about ½ Σ F_i δ_i² nats of KL, which makes
 errors in different layers comparable. It needs a backward pass: about the time of three forward passes, and the
-activations of one window in memory.
+activations of 128 tokens in memory.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ FORMAT = "rankgate-stats-2"
 SYRK_BLOCKS = 4
 SAMPLE = 256  # tokens kept per group
 SENSITIVITY_TOKENS = 2048
+PIECE = 128  # of them at a time: what a backward pass keeps grows with the length
 
 
 @dataclass
@@ -154,14 +155,14 @@ def calibrate(
     """
     digest = fingerprint(model)
     members = input_groups(model)
+    fisher = measure_sensitivity(model, members, windows, progress=progress) if sensitivity else {}
     stride = sample_stride(windows)
     with accumulate(model, members, stride) as groups, torch.inference_mode(), evaluation_mode(model):
         for batch in track(windows.split(batch_size), "calibrating", enabled=progress):
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
     for group in groups:
         finish(group)
-    if sensitivity:
-        measure_sensitivity(model, groups, windows, progress=progress)
+        group.sensitivity = fisher.get(group.members)
     return Stats(groups, digest, windows.numel(), run_hashes(windows))
 
 
@@ -207,15 +208,16 @@ def accumulate(model: PreTrainedModel, members: list[tuple[str, ...]], stride: i
 
 
 def measure_sensitivity(
-    model: PreTrainedModel, groups: list[GroupStats], windows: Tensor, *, progress: bool = False
-) -> None:
-    """Fill in the `sensitivity` of `groups` from the first 2,048 tokens of `windows`, one window at a time.
+    model: PreTrainedModel, groups: list[tuple[str, ...]], windows: Tensor, *, progress: bool = False
+) -> dict[tuple[str, ...], Tensor]:
+    """The `sensitivity` of every group, from the first 2,048 tokens of `windows` in pieces of 128 tokens.
 
     Raises RankgateError when a gradient is not finite.
     """
-    windows = windows[: max(1, SENSITIVITY_TOKENS // windows.shape[1])]
+    pieces = [piece for window in windows.split(1) for piece in window.split(PIECE, dim=1)]
+    pieces = pieces[: max(1, SENSITIVITY_TOKENS // pieces[0].numel())]
     generator = torch.Generator(model.device).manual_seed(0)
-    modules = {name: model.get_submodule(name) for group in groups for name in group.members}
+    modules = {name: model.get_submodule(name) for group in groups for name in group}
     sums = {name: torch.zeros(shape(module)[0], device=model.device) for name, module in modules.items()}
 
     def watch(y: Tensor, total: Tensor) -> None:
@@ -230,18 +232,18 @@ def measure_sensitivity(
             for name, module in modules.items()
         ]
         try:
-            for window in track(windows.split(1), "sensitivity", enabled=progress):
-                logits = model(input_ids=window.to(model.device), use_cache=False).logits[0].float()
+            for piece in track(pieces, "sensitivity", enabled=progress):
+                logits = model(input_ids=piece.to(model.device), use_cache=False).logits[0].float()
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 F.cross_entropy(logits, labels, reduction="sum").backward()
         finally:
             for handle in handles:
                 handle.remove()
-    for group in groups:
-        fisher = torch.cat([sums[name] for name in group.members]) / windows.numel()
-        if not torch.isfinite(fisher).all():
-            raise RankgateError(f"non-finite gradients at the output of {group.members[0]}; try a wider dtype")
-        group.sensitivity = fisher
+    fisher = {group: torch.cat([sums[name] for name in group]) / sum(map(torch.numel, pieces)) for group in groups}
+    for group, values in fisher.items():
+        if not torch.isfinite(values).all():
+            raise RankgateError(f"non-finite gradients at the output of {group[0]}; try a wider dtype")
+    return fisher
 
 
 @contextmanager

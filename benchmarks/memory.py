@@ -1,0 +1,82 @@
+"""What a model takes in memory and on disk, dense, converted and while it is converted: results/memory.json.
+
+    python benchmarks/memory.py
+
+SmolLM2-135M in float32. The resident set of a fresh process, at its highest and at the end, that loads the model, dense
+or converted; or that loads, calibrates, converts and saves it, for each method. About 8 minutes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from provenance import write
+
+from rankgate import checkpoint, cli
+from rankgate.bench import peak_memory
+from rankgate.pipeline import open_dense
+from rankgate.sources import DEFAULT, resolve
+from rankgate.terminal import quiet_libraries
+
+METHODS = {
+    "gsi k=0.25n": ("--method", "gsi"),
+    "gsi context": ("--method", "gsi", "--basis", "context"),
+    "svd energy 0.9": ("--method", "svd"),
+    "asvd k=0.5": ("--method", "asvd"),
+    "lrq r=16 refine=0.2": ("--method", "lrq", "--rank", "16", "--refine", "0.2", "--lm-head"),
+}
+
+
+def main() -> None:
+    quiet_libraries()
+    open_dense(DEFAULT)  # the first time unpacks it
+    dense = Path(resolve(DEFAULT).path)
+    results = [{"name": "dense, loaded", **memory(open_dense, DEFAULT), "file_bytes": file_bytes(dense)}]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in METHODS.items():
+            made = Path(folder) / "converted"
+            arguments = ["convert", DEFAULT, "-o", str(made), *options]
+            results.append({"name": f"{name}, convert", **memory(run, arguments)})
+            loaded = memory(checkpoint.load, made)
+            results.append({"name": f"{name}, loaded", **loaded, "file_bytes": file_bytes(made)})
+            shutil.rmtree(made)
+            print(results[-2:], flush=True)
+    write("memory", {"model": DEFAULT}, results)
+
+
+def memory(work: Callable[[Any], object], argument: Any) -> dict[str, int]:
+    """Resident bytes of a process of its own that does this `work`: at their highest, and at the end."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure, args=(work, argument, queue))
+    process.start()
+    peak, resident = queue.get(timeout=600)
+    process.join()
+    return {"peak_bytes": peak, "resident_bytes": resident}
+
+
+def measure(work: Callable[[Any], object], argument: Any, queue: multiprocessing.Queue[tuple[int, int]]) -> None:
+    quiet_libraries()
+    kept = work(argument)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    queue.put((peak_memory(), resident))
+    del kept
+
+
+def run(arguments: list[str]) -> None:
+    if cli.main(arguments):
+        raise SystemExit("convert failed")
+
+
+def file_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+if __name__ == "__main__":
+    main()
