@@ -56,7 +56,7 @@ def load(name: str) -> dict[str, Any]:
 
 def overview(curve: dict[str, Any], measured: dict[str, Any]) -> str:
     """The README's tables: quality at the bits read, and speed."""
-    rows = [curve_row(r)[:4] for r in curve["results"] if r["part"] in {"curve", "baseline"}]
+    rows = [curve_row(r)[:4] for r in methods(curve)]
     fast = [speed_row(r, qualities(measured))[:4] for r in measured["results"][0]["rows"] if "error" not in r]
     return markdown(CURVE[:4], rows) + "\n\n" + markdown(SPEED[:4], fast)
 
@@ -67,6 +67,11 @@ CURVE = ("method", "bits read", "ppl ratio", "top-1", "KL mean", "on the front")
 def bits(record: dict[str, Any]) -> float:
     """Bits per weight that a token reads of the linear layers."""
     return float(record["bits_per_weight"]) if record["method"]["name"] in STORED else 16 / record["read_speedup"]
+
+
+def methods(curve: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the curve, and every baseline; the first row of the ablation is one of these."""
+    return [r for r in curve["results"] if r["part"] != "ablation" or r["method"]["name"] != "lrq"]
 
 
 def front(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,7 +95,7 @@ def curve_row(record: dict[str, Any], best: list[dict[str, Any]] | None = None) 
 def quality(curve: dict[str, Any]) -> str:
     settings, records = curve["settings"], curve["results"]
     best = front(records)
-    rows = [curve_row(r, best) for r in records if r["part"] != "ablation"]
+    rows = [curve_row(r, best) for r in methods(curve)]
     ablation = [(r["what"], *curve_row(r)[1:5]) for r in records if r["part"] == "ablation"]
     asked = []
     for limit, ratio in BITS_ASKED:
@@ -126,11 +131,12 @@ The mean KL orders settings better.
 
 
 def controls(content: dict[str, Any]) -> str:
-    rows = []
+    rows, costs = [], []
     by_model: dict[str, list[dict[str, Any]]] = {}
     for record in content["results"]:
         by_model.setdefault(record["part"], []).append(record)
     for plain, dithered, rotated in zip(*(by_model[name] for name in ("as it is", "dithered", "rotated")), strict=True):
+        costs.append(dithered["kl_mean"] / plain["kl_mean"] - 1)
         ratios = (f"{short(r['ppl_ratio'], 4)} / {short(r['kl_mean'], 4)}" for r in (plain, dithered, rotated))
         rows.append((describe(plain["method"]), f"{bits(plain):.2f}", *ratios))
     return f"""### Off the grid that the weights were on
@@ -142,8 +148,9 @@ another basis, where every weight is different and every output the same. {sourc
 
 {markdown(("method", "bits read", "as it is", "dithered", "rotated"), rows)}
 
-What dithering leaves does not rest on the grid. What rotation takes away besides is what gates live on: a few channels
-of the residual stream that are much larger than the rest. A rotation and channel gates exclude each other.
+Dithering makes the divergence {min(costs):.0%} to {max(costs):.0%} larger: at most that much rests on the grid (noise
+in the weights is harder to round by itself). Rotation takes away something else besides, which gates live on: a few
+channels of the residual stream that are much larger than the rest. A rotation and channel gates exclude each other.
 """
 
 
@@ -193,7 +200,7 @@ def speed_row(row: dict[str, Any], quality_of: dict[str, dict[str, Any]]) -> tup
     low, high = (x / row["decode_tok_s"] * row["decode_speedup"] for x in row["decode_tok_s_quantiles"])
     reads = row["bytes_per_token"]
     return (
-        row["name"].removeprefix("smollm2-135m "),
+        ("plan for " if "=" in name.partition(" ")[0] else "") + row["name"].removeprefix("smollm2-135m "),
         short(quality_of[name]["ppl_ratio"], 4),
         f"{quality_of[name]['bits']:.2f}",
         f"{row['decode_speedup']:.2f}",
@@ -243,7 +250,7 @@ calibrated on.
 
 def memory(content: dict[str, Any]) -> str:
     records = content["results"]
-    dense = next(r for r in records if r["name"] == "dense, loaded")
+    dense = next(r for r in records if r["name"] == "dense, answering")
 
     def cell(record: dict[str, Any], key: str) -> str:
         return f"{record[key] / 1e6:.0f} ({record[key] / dense[key]:.2f})" if key in record else "-"
@@ -252,8 +259,8 @@ def memory(content: dict[str, Any]) -> str:
     rows = [(r["name"], *(cell(r, key) for key in keys)) for r in records]
     return f"""## Memory
 
-SmolLM2-135M in float32, in MB and in relation to a process that has only loaded the dense model, interpreter and
-libraries included. *convert* loads, calibrates on 8,192 tokens, converts and saves. {source(content)}
+SmolLM2-135M in float32, in MB and in relation to a process that has loaded the dense model and read 8 tokens,
+interpreter and libraries included. *convert* loads, calibrates on 8,192 tokens, converts and saves. {source(content)}
 
 {markdown(("process", "highest resident", "resident at the end", "files"), rows)}
 """
@@ -313,34 +320,25 @@ def plot_curve(curve: dict[str, Any], measured: dict[str, Any]) -> Figure:
     """Divergence against bits read: one wants to be low and on the left."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    records = curve["results"]
-    best = sorted(front(records), key=bits)
-    axes.plot([bits(r) for r in best], [r["kl_mean"] for r in best], color="C0", linewidth=1, zorder=2, label="front")
-    for r in records:
-        own = r["method"]["name"] == "lrq"
-        axes.scatter(bits(r), r["kl_mean"], color="C0" if own else "C3", s=18, zorder=3)
-        if not own or r in best:
-            name = describe(r["method"]).removeprefix("lrq ").replace("4 bits ", "")
-            axes.annotate(name, (bits(r), r["kl_mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    best = sorted(front(curve["results"]), key=bits)
+    shown = [r for r in curve["results"] if r in best or r in methods(curve)]
+    points = [(bits(r), r["kl_mean"], describe(r["method"]), r["method"]["name"] == "lrq") for r in shown]
     for name, q in qualities(measured).items():
         if "torchao" in name:
-            axes.scatter(q["bits"], q["kl_mean"], color="C2", marker="s", s=18, zorder=3)
             label = name.removeprefix("smollm2-135m bfloat16 ").removesuffix(" generate")
-            axes.annotate(label, (q["bits"], q["kl_mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+            points.append((q["bits"], q["kl_mean"], label, False))
+    axes.plot([bits(r) for r in best], [r["kl_mean"] for r in best], color="C0", linewidth=1, zorder=2)
+    for number, (x, y, label, own) in enumerate(sorted(dict.fromkeys(points)), 1):
+        axes.scatter(x, y, color="C0" if own else "C3", s=18, zorder=3, label=f"{number}  {label}")
+        offset = (-4, -12) if number % 2 else (3, 5)  # neighbours on different sides
+        axes.annotate(str(number), (x, y), xytext=offset, textcoords="offset points", fontsize=8)
     axes.axvline(16, color="0.6", linewidth=0.8)
-    axes.annotate(
-        "dense, bfloat16",
-        (16, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, -10),
-        textcoords="offset points",
-        fontsize=7,
-    )
+    axes.annotate("dense", (16, 0), xycoords=("data", "axes fraction"), xytext=(3, 5), textcoords="offset points")
+    ticks = [4, 5, 6, 8, 12, 16, 24]
     axes.set(xlabel="bits read per weight of the linear layers", ylabel="KL(dense ‖ converted), nats per token")
-    axes.set(
-        xscale="log", yscale="log", xticks=[4, 5, 6, 8, 12, 16, 24], xticklabels=["4", "5", "6", "8", "12", "16", "24"]
-    )
+    axes.set(xscale="log", yscale="log", xticks=ticks, xticklabels=[str(tick) for tick in ticks])
     axes.minorticks_off()
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rankgate import __version__
 from rankgate.errors import RankgateError
 from rankgate.options import add_method, chosen_method, method_was_given, settings_were_given
-from rankgate.terminal import quiet_libraries, say, show_table
+from rankgate.terminal import quiet_libraries, return_freed_memory, say, show_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,7 +241,8 @@ def run_convert(arguments: argparse.Namespace) -> None:
             plan = make_plan(model, stats, budget, arguments)
             method = plan.method()
         assert method is not None
-        layers = convert_(model.model, method, stats, lm_head=arguments.lm_head, progress=True)
+        return_freed_memory()
+        layers = convert_(model.model, method, stats, lm_head=arguments.lm_head, consume=True, progress=True)
         checkpoint.Checkpoint(model.model, model.tokenizer, method, layers, origin).save(temporary)
         if plan is not None:
             plan.save(temporary / "plan.json")

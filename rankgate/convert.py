@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -44,12 +45,14 @@ def convert_(
     stats: Stats | None = None,
     *,
     lm_head: bool = False,
+    consume: bool = False,
     progress: bool = False,
 ) -> list[LayerReport]:
     """Rewrite every linear of `model` in place, and say what was done to each.
 
     lm_head: also round the output embedding to int8 (no method, no statistics; an input embedding that was tied to it
     keeps its dense weight). Otherwise it stays dense.
+    consume: drop each second moment of `stats` after its last use, which saves memory; `stats` are of no use then.
     The converted model is used like the dense one: batches, padding, `generate()`.
     Raises RankgateError if `method` needs statistics and has none, if they belong to another model, or if a rank does
     not fit; the model may then be partly converted.
@@ -73,6 +76,8 @@ def convert_(
             reports[name] = LayerReport(
                 name, members[0], reports[name].m, reports[name].n, rewrite.rank, rewrite.kept, rewrite.reason
             )
+        if consume and members in used:
+            used[members].C = torch.empty(0)
     if lm_head:
         head = convert_head_(model)
         reports[head.name] = head

@@ -9,8 +9,9 @@ For each group g and each setting s on a short list the planner needs three numb
 
 A budget on quality (`ppl=1.01`, `top1=0.98`) takes the least Σ seconds with Σ KL below a level, a budget on size
 (`bits=5`) the least Σ KL with Σ bytes below it; both by one multiplier that prices KL against cost, found by bisection.
-The whole model is then checked on held-out calibration text: the budget must hold with the upper 95 % bound of what is
-measured, or the level is tightened and the choice made again. A group that no setting makes faster stays dense.
+The whole model is then checked on held-out calibration text: the budget must hold with what is measured (quality: with
+its upper 95 % bound), or the level is tightened and the choice made again. A group that no setting makes faster stays
+dense.
 
 Not covered: errors of different groups are taken to add up, which the check on the whole model makes up for.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,12 +36,14 @@ from rankgate.calibration import GroupStats, Stats, evaluation_mode
 from rankgate.convert import convert_head_, twin
 from rankgate.errors import RankgateError
 from rankgate.files import atomic_path
+from rankgate.gates import record_gates
 from rankgate.groups import Linear, linears, read_linear
 from rankgate.methods.lrq import members
 from rankgate.methods.planned import PlannedConfig, Setting, assemble, quantize
 from rankgate.progress import track
 from rankgate.quantize import Metric, output_weights, predicted_loss, spectrum
 from rankgate.quantized import QuantizedGroup
+from rankgate.reads import weight_reads
 from rankgate.timing import Timer
 
 REFERENCE = Setting(4, rank=16)  # what a group's KL is measured with
@@ -53,6 +57,7 @@ SETTINGS = (
 SENSITIVITY_TOKENS, VERIFY_TOKENS = 128, 8192
 ONE_SIDED = 1.645  # standard errors of a 95 % bound
 ROUNDS = 5
+TIGHTEN, POWER = {"ppl": 0.9, "top1": 0.9, "bits": 0.999}, {"ppl": 1, "top1": 2, "bits": 1}  # after a failed check
 LOSS_PER_KL, FLIPS_PER_ROOT_KL = 0.75, 0.58  # first guesses, corrected by what is measured
 
 
@@ -78,7 +83,7 @@ class Budget:
         return cls(kind, value)
 
     def level(self) -> float:
-        """The Σ KL to start from; for bits there is none."""
+        """The Σ KL to start from, for a budget on quality."""
         if self.kind == "ppl":
             return math.log(self.value) / LOSS_PER_KL
         return ((1 - self.value) / FLIPS_PER_ROOT_KL) ** 2
@@ -97,18 +102,24 @@ class Option:
     bytes: float
 
 
+_kl, _seconds, _bytes = (operator.attrgetter(name) for name in ("kl", "seconds", "bytes"))
+
+
 @dataclass(frozen=True)
 class Measured:
-    """A whole model on held-out text against dense: values, and standard errors of loss and top-1."""
+    """A whole model on held-out text against dense: values, standard errors of loss and top-1, bits per weight read."""
 
     ppl_ratio: float
     top1: float
     loss_error: float
     top1_error: float
+    bits: float
     tokens: int
 
     def excess(self, budget: Budget) -> float:
-        """How many times too large the loss (or the share of flips) is, at its upper bound; ≤ 1 holds."""
+        """How many times too large the loss, the share of flips (at their upper bounds) or the bits are; ≤ 1 holds."""
+        if budget.kind == "bits":
+            return self.bits / budget.value
         if budget.kind == "ppl":
             return (math.log(self.ppl_ratio) + ONE_SIDED * self.loss_error) / math.log(budget.value)
         return (1 - self.top1 + ONE_SIDED * self.top1_error) / (1 - budget.value)
@@ -218,23 +229,21 @@ class Planner:
         with evaluation_mode(model), torch.inference_mode():
             self.reference = predictions(model, windows)
             self.options = self._options()
+        self.weights = sum(option.bytes for option in self._dense().values()) / model.dtype.itemsize
 
     def plan(self, budget: Budget) -> Plan:
         """Raises RankgateError if no choice holds the budget."""
         if budget.kind == "bits":
-            allowed = (
-                budget.value / 8 * sum(option.bytes for option in self._dense().values()) / self.model.dtype.itemsize
-            )
-            chosen = self._choose(lambda option: option.bytes, lambda option: option.kl, allowed)
-            return self._record(budget, chosen, self.check(chosen))
-        level = budget.level()
+            limited, least, limit = _bytes, _kl, budget.value / 8 * self.weights
+        else:
+            limited, least, limit = _kl, _seconds, budget.level()
         for _ in range(ROUNDS):
-            chosen = self._choose(lambda option: option.kl, lambda option: option.seconds, level)
+            chosen = self._choose(limited, least, limit)
             measured = self.check(chosen)
             excess = measured.excess(budget)
             if excess <= 1:
                 return self._record(budget, chosen, measured)
-            level = 0.9 * sum(option.kl for option in chosen.values()) / excess ** (1 if budget.kind == "ppl" else 2)
+            limit = TIGHTEN[budget.kind] * sum(map(limited, chosen.values())) / excess ** POWER[budget.kind]
         raise RankgateError(f"no plan within {budget} was found in {ROUNDS} rounds; allow more loss or bits")
 
     def check(self, chosen: Mapping[str, Option]) -> Measured:
@@ -247,7 +256,7 @@ class Planner:
         if self.lm_head:
             convert_head_(model)
         loss, top = self.reference
-        with evaluation_mode(model), torch.inference_mode():
+        with evaluation_mode(model), torch.inference_mode(), record_gates(model) as gates:
             other_loss, other_top = predictions(model, self.windows, progress=self.progress)
         difference, same = other_loss - loss, (other_top == top).double()
         root = math.sqrt(len(loss))
@@ -256,18 +265,18 @@ class Planner:
             top1=same.mean().item(),
             loss_error=difference.std().item() / root,
             top1_error=same.std().item() / root,
+            bits=weight_reads(model, gates).bits_per_weight,
             tokens=self.windows.numel(),
         )
 
     def _record(self, budget: Budget, chosen: dict[str, Option], measured: Measured) -> Plan:
         dense = self._dense()
         kl = sum(option.kl for option in chosen.values())
-        weights = sum(option.bytes for option in dense.values()) / self.model.dtype.itemsize
         predicted = {
             "kl": kl,
             "ppl_ratio": math.exp(LOSS_PER_KL * kl),
             "top1": 1 - FLIPS_PER_ROOT_KL * math.sqrt(kl),
-            "bits": 8 * sum(option.bytes for option in chosen.values()) / weights,
+            "bits": 8 * sum(option.bytes for option in chosen.values()) / self.weights,
             "speedup": sum(o.seconds for o in dense.values()) / sum(o.seconds for o in chosen.values()),
         }
         return Plan(budget, chosen, dense, predicted, measured, self.built)

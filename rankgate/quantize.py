@@ -124,7 +124,7 @@ def scales(W: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> tupl
 def nearest(W: Tensor, bits: int) -> QuantizedMatrix:
     """W (m × n) rounded to nearest on a symmetric grid, every weight as important as the other."""
     low, high, _ = grid(bits)
-    codes = torch.empty(W.shape, dtype=torch.int16, device=W.device)
+    codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
     parts = []
     for rows, part in zip(codes.split(ROWS), W.split(ROWS), strict=True):
         scale, _ = scales(part, None, bits, symmetric=True)

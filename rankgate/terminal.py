@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+
+MMAP_THRESHOLD = -3  # glibc's name for it, in malloc.h, is M_MMAP_THRESHOLD
 
 
 def quiet_libraries() -> None:
@@ -17,6 +21,12 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def return_freed_memory() -> None:
+    """Have glibc give blocks above 1 MB back to the system when they are freed; elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(MMAP_THRESHOLD, 1 << 20)
 
 
 def say(text: str) -> None:

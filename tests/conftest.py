@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on the CPU; read when Triton is imported
 
 import pytest
 import torch

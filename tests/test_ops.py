@@ -1,14 +1,14 @@
 """The CPU kernels against the oracle, `QuantizedGroup.reference`."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from rankgate import ops
-from rankgate.ops import cpu
-from rankgate.ops.rounding import round_block
+from rankgate.ops import cpu, rounding, rounding_cpu, rounding_gpu
 from rankgate.quantized import (
     GROUP,
     LowRank,
@@ -166,12 +166,16 @@ def test_refinement_unpacks_to_what_was_packed() -> None:
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (64, 130), (7, 65)])
-def test_compiled_rounding_is_the_loop_over_columns(columns: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    "kernel", [rounding_cpu.round_block_, rounding_gpu.round_block_, rounding.round_block_reference]
+)
+def test_rounding_makes_up_for_errors_in_later_columns(kernel: Any, columns: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     W, scale = torch.randn(columns, rows, generator=generator), torch.rand(columns, rows, generator=generator) + 0.1
     zero = torch.randint(0, 16, (columns, rows), generator=generator).float()
     U = torch.randn(columns, columns, generator=generator).triu() / 8 + torch.eye(columns)
-    codes, errors = round_block(W.clone(), scale, zero, U, 0, 15)
+    codes, errors = torch.empty_like(W), torch.empty_like(W)
+    kernel(W.clone(), scale, zero, U, 0, 15, codes, errors)
     left = W.double()
     for j in range(columns):
         wanted = (left[j] / scale[j] + zero[j]).round().clamp(0, 15)

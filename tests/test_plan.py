@@ -38,9 +38,9 @@ def planner(prepared: Planner) -> Planner:
     return copy.copy(prepared)
 
 
-def made_up(_: Timer, m: int, n: int, setting: Setting) -> tuple[float, float]:
+def made_up(timer: Timer, m: int, n: int, setting: Setting) -> tuple[float, float]:
     share = setting.bits / 32 + setting.rank / 1000 + setting.refine / 8
-    return share, share * m * n * 4
+    return share, timer._group(m, n, setting, 0)[1]
 
 
 @pytest.mark.parametrize("text", ["ppl=1.01", "top1=0.98", "bits=5"])
@@ -74,11 +74,12 @@ def test_choice_is_optimal_up_to_one_group(planner: Planner) -> None:
         assert sum(o.seconds for o in chosen.values()) <= best + 1.0
 
 
-def test_bits_budget_holds_in_stored_bytes(planner: Planner) -> None:
-    plan = planner.plan(Budget("bits", 6.0))
+def test_bits_budget_holds_in_stored_bytes_and_as_measured(planner: Planner) -> None:
+    plan = planner.plan(Budget("bits", 9.0))
     read = sum(option.bytes for option in plan.chosen.values())
     weights = sum(option.bytes for option in plan.dense.values()) / 4
-    assert 8 * read / weights <= 6.0
+    assert 8 * read / weights <= 9.0
+    assert plan.measured.bits <= 9.0
     assert plan.predicted["bits"] == pytest.approx(8 * read / weights)
 
 
@@ -116,7 +117,7 @@ def test_impossible_budget_is_refused(planner: Planner) -> None:
 
 
 def test_saved_plan_applies_and_can_be_edited(planner: Planner, stats: Stats, tmp_path: Path) -> None:
-    plan = planner.plan(Budget("bits", 6.0))
+    plan = planner.plan(Budget("bits", 9.0))
     plan.save(tmp_path / "plan.json")
     method = load_settings(tmp_path / "plan.json")
     assert method == plan.method()
@@ -174,9 +175,10 @@ def test_predicted_losses_fall_with_rank_bits_and_refinement(planner: Planner, s
 
 
 def test_excess_is_one_at_the_bound() -> None:
-    measured = Measured(ppl_ratio=1.0, top1=0.99, loss_error=0.01 / 1.645, top1_error=0.01 / 1.645, tokens=10)
+    measured = Measured(ppl_ratio=1.0, top1=0.99, loss_error=0.01 / 1.645, top1_error=0.01 / 1.645, bits=5.0, tokens=10)
     assert measured.excess(Budget("ppl", 1.0100502)) == pytest.approx(1, rel=1e-3)
     assert measured.excess(Budget("top1", 0.98)) == pytest.approx(1)
+    assert measured.excess(Budget("bits", 5)) == 1
 
 
 def test_timer_measures_and_accounts() -> None:

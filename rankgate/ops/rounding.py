@@ -19,12 +19,12 @@ def round_block(rows: Tensor, s: Tensor, z: Tensor, U: Tensor, low: int, high: i
     elif has_triton(rows.device):
         from rankgate.ops.rounding_gpu import round_block_
     else:
-        round_block_ = _round_block
+        round_block_ = round_block_reference
     round_block_(rows, s.contiguous(), z.contiguous(), U.contiguous(), low, high, codes, errors)
     return codes, errors
 
 
-def _round_block(
+def round_block_reference(
     rows: Tensor, s: Tensor, z: Tensor, U: Tensor, low: int, high: int, codes: Tensor, errors: Tensor
 ) -> None:
     """The definition, on any device."""
