@@ -196,3 +196,14 @@ def test_statistics_must_be_there_and_know_the_sensitivity():
     with pytest.raises(RankgateError, match="sensitivity=True"):
         convert_(model, LRQConfig(), calibrated(model))
     assert not list(converted_layers(model))
+
+
+def test_consumed_statistics_make_the_same_model_and_hold_no_second_moments():
+    dense = tiny_model("llama")
+    stats = calibrated(dense, sensitivity=True)
+    kept, consumed = twin(dense), twin(dense)
+    convert_(kept, LRQConfig(rank=8, refine=0.2), stats)
+    assert all(group.C.numel() for group in stats.groups)
+    convert_(consumed, LRQConfig(rank=8, refine=0.2), stats, consume=True)
+    assert torch.equal(logits(consumed), logits(kept))
+    assert not any(group.C.numel() for group in stats.groups)
