@@ -105,12 +105,12 @@ def test_text_that_was_calibrated_on_is_refused_unless_marked(run, refuses, mode
 
 def test_budget_plans_and_the_plan_applies_again(run, model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(Timer, "_dense", lambda self, outputs, n: 1.0)
-    monkeypatch.setattr(Timer, "_quantized", lambda self, m, n, setting: (setting.bits / 16, setting.bits / 8 * m * n))
+    monkeypatch.setattr(Timer, "_quantized", lambda self, m, n, s: (s.bits / 16, self._group(m, n, s, 0)[1]))
     calibration = ("--context", "64", "--calibration-tokens", "640", "--stats", tmp_path / "stats")
-    out = run("convert", model_dir, "-o", tmp_path / "a", "--budget", "bits=6", "--lm-head", *calibration, "--json")
+    out = run("convert", model_dir, "-o", tmp_path / "a", "--budget", "bits=9", "--lm-head", *calibration, "--json")
     record = last(out)
-    assert record["predicted"]["bits"] <= 6 and record["measured"]["tokens"] == 8192
-    assert "within bits=6: predicted perplexity" in out and "int4" in out
+    assert record["predicted"]["bits"] <= 9 and record["measured"]["tokens"] == 8192
+    assert "within bits=9: predicted perplexity" in out and "int4" in out
     plan = tmp_path / "a" / "plan.json"
     run("convert", model_dir, "-o", tmp_path / "b", "--plan", plan, "--lm-head", *calibration)
     a, b = (last(run("evaluate", tmp_path / name, *SMALL, "--json")) for name in "ab")
