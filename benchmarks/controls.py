@@ -15,12 +15,10 @@ About 15 minutes on two cores, two minutes on a GPU.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from curve import CALIBRATION_TOKENS, CONTEXT, CURVE, TOKENS, describe_device, measure
+from curve import CALIBRATION_TOKENS, CONTEXT, CURVE, TOKENS, describe_device, measure, parse
 from provenance import SEED, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,10 +33,7 @@ OLD_GROUP, OLD_LEVELS = 32, 15  # of Q4_1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
     quiet_libraries()
     records = []
     models: dict[str, Callable[[PreTrainedModel], None]] = {

@@ -68,10 +68,7 @@ BASELINES: dict[str, Method] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
     quiet_libraries()
     torch.manual_seed(SEED)
     opened = open_dense(DEFAULT)
@@ -88,6 +85,14 @@ def main() -> None:
         "device": describe_device(arguments.device),
     }
     write("curve", settings, records)
+
+
+def parse(description: str | None) -> argparse.Namespace:
+    """The folder with the text, and the device."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
 
 
 def describe_device(device: str) -> str:
