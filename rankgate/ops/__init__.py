@@ -1,6 +1,6 @@
 """Kernels behind one signature each; the choice between them is made here and nowhere else.
 
-A kernel module is imported when it is first needed: `ops.cpu` brings Numba, `ops.gpu` Triton.
+A kernel module is imported when it is first needed: `ops.cpu` brings Numba, `ops.quantized_gpu` Triton.
 """
 
 from __future__ import annotations
@@ -39,13 +39,19 @@ _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], 
 def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
     """y (…, m) of a quantised input group.
 
-    A few tokens on the CPU take the kernel that reads packed bytes; more of them share one unpacked matrix.
+    A few tokens take a kernel that reads packed bytes; more of them share one unpacked matrix.
     """
-    if x.device.type == "cpu" and group.base.codes.device.type == "cpu" and not group.watched and not x.requires_grad:
+    here = x.device == group.base.codes.device and not group.watched and not x.requires_grad
+    few = x.numel() <= FEW * x.shape[-1]
+    if here and x.device.type == "cpu":
         from rankgate.ops import cpu
 
-        if x.numel() <= FEW * x.shape[-1]:
+        if few:
             y: Tensor = torch.ops.rankgate.quantized_gemv(x, group.table(cpu.table_of), group.base.m)
             return y
         return group.reference(x, cpu.dequantize(group.base))
+    if here and few and x.dtype != torch.float64 and has_triton(x.device):
+        from rankgate.ops import quantized_gpu
+
+        return quantized_gpu.gemv(x, group)
     return group.reference(x)

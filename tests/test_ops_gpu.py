@@ -1,0 +1,61 @@
+"""The Triton kernel against the oracle: on the GPU where there is one, in Triton's interpreter elsewhere."""
+
+import pytest
+import torch
+from test_ops import FLOAT32_STEPS, group
+from torch import Tensor
+
+from rankgate.ops import quantized_gpu
+from rankgate.quantized import QuantizedGroup
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = (
+    # m, n, bits, zero points, rank, share of open channels, tokens
+    (1, 1, 4, False, 5, 0.5, 1),
+    (65, 70, 4, False, 0, 0.0, 1),
+    (70, 577, 8, False, 0, 0.0, 8),
+    (200, 63, 8, True, 5, 0.1, 3),
+    (129, 577, 4, True, 5, 0.1, 3),
+    (66, 130, 4, False, 16, 1.0, 8),
+    (130, 1100, 4, False, 16, 0.1, 1),
+)
+
+
+def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
+    """Float32 rounding of sums whose terms are up to 144 x scale at 4 bits, before the offset is taken off again."""
+    scale = quantized.base.scale.float().repeat_interleave(64, 1)[:, : x.shape[-1]]
+    whole = quantized.base.dequantize().abs() + (144 * scale if quantized.base.bits == 4 else 0)
+    if quantized.low_rank is not None:
+        whole += (quantized.low_rank.A.abs().float() * quantized.low_rank.scale) @ quantized.low_rank.B.abs().float()
+    if quantized.refinement is not None:
+        whole += 8 * quantized.refinement.row.float()[:, None] * quantized.refinement.column.float()
+    return FLOAT32_STEPS * torch.finfo(torch.float32).eps * (x.abs() @ whole.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_is_the_oracle_but_for_rounding(case: tuple[int, int, int, bool, int, float, int], dtype: torch.dtype):
+    m, n, bits, zero, rank, opened, tokens = case
+    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened).to(DEVICE)
+    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
+    expected = quantized.reference(x.float())
+    rounding = torch.finfo(dtype).eps * expected.abs() if dtype != torch.float32 else 0  # twice that of rounding once
+    for _ in range(2):  # the counters are back at zero
+        y = quantized_gpu.gemv(x, quantized)
+        assert y.dtype == dtype
+        assert ((y.float() - expected).abs() <= rounding + bound(quantized, x.float())).all()
+
+
+def test_leading_dimensions_and_strides():
+    quantized = group(40, 96, rank=8, opened=0.5).to(DEVICE)
+    x = torch.randn(2, 1, 192, device=DEVICE)[..., ::2]
+    y = quantized_gpu.gemv(x, quantized)
+    assert y.shape == (2, 1, 40)
+    torch.testing.assert_close(y, quantized.reference(x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_not_hidden(value: float):
+    x = torch.ones(1, 70, device=DEVICE)
+    x[0, 69] = value
+    assert not torch.isfinite(quantized_gpu.gemv(x, group(65, 70, rank=4, opened=0.5).to(DEVICE))).any()
