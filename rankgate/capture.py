@@ -7,7 +7,8 @@ prompt does the same: the same operations, in the same order, on tensors of the 
     logits = step(token, position, *keys and values, *constants)
 
 of the parameters (by reference: changes in place are seen), of a preallocated cache, and of nothing else. Attention and
-the cache write become one operation per layer (`ops.attention`), reached through transformers' attention registry.
+the cache write become one operation per layer (`ops.attention`), reached through transformers' attention registry. On
+the CPU the list runs as a Python function; on a GPU it becomes a CUDA graph (`rankgate.recorded`).
 
 What Python decided during the trace is frozen. So the trace is refused (`Uncapturable`) where a decision could differ
 for another token: a branch on a tensor's value; a result whose shape depends on values; a mask, window or argument of
@@ -17,6 +18,7 @@ attention that the kernel does not know; two traces at different positions that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -32,6 +34,7 @@ from rankgate.ops.attention import attend
 from rankgate.ops.cpu import gemv
 from rankgate.ops.fused import fuse
 
+Step = Callable[[Tensor, Tensor], Tensor]  # logits (1, vocabulary) from a token and its position, both (1, 1) int64
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
 KNOWN = {"dropout", "position_ids", "use_cache", "is_causal", "past_key_values", "cache_position", "return_dict"}
 POSITIONS = 2, 5  # of the two traces, in a scratch cache of SCRATCH tokens
@@ -77,13 +80,16 @@ class CountedLayer(CacheLayerMixin):
 
 
 class _TracedLayer(CountedLayer):
-    """Stands for one layer of the cache during a trace: hands out the whole buffers and remembers the new entry."""
+    """Stands for one layer of the cache during a trace: hands out the whole buffers and remembers the new entry.
 
-    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, length: int) -> None:
+    attention: takes the query, the new entry's key and value, and the scale; see `ops.attention.attend`.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int, attention: Callable[..., Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys: Tensor = keys
         self.values: Tensor = values
-        self.position, self.length = position, length
+        self.length, self.attention = length, attention
         self.is_initialized = True
         self.entry: tuple[Tensor, Tensor] | None = None
         self.attended = False
@@ -103,8 +109,7 @@ class _TracedLayer(CountedLayer):
         if self.entry is None or self.attended:
             raise Uncapturable("a layer's attention does not follow its cache update")
         self.attended = True
-        out: Tensor = torch.ops.rankgate.attend(query, *self.entry, self.keys, self.values, self.position, scale)
-        return out
+        return self.attention(query, *self.entry, scale)
 
 
 def _attention(
@@ -117,18 +122,34 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, for one traced query token."""
-    layer: _TracedLayer | None = getattr(key, "_rankgate_layer", None)
-    if layer is None or value is not layer.values:
-        raise Uncapturable("its attention does not read the cache as it was written")
     unknown = [name for name, x in kwargs.items() if name not in KNOWN and x is not None and x is not False]
     if attention_mask is not None or unknown:
         raise Uncapturable(f"its attention takes {', '.join(unknown) or 'a mask'}")
-    return layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else float(scaling)), None
+    return _attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else float(scaling)), None
 
 
-def _mask(*_: Any, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **__: Any) -> None:
-    """transformers' mask interface: one query token sees everything before it, if nothing else is asked for."""
-    if mask_function is not causal_mask_function or attention_mask is not None:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    layer: _TracedLayer | None = getattr(key, "_rankgate_layer", None)
+    if layer is None or value is not layer.values:
+        raise Uncapturable("its attention does not read the cache as it was written")
+    return layer.attend(query, scale)
+
+
+def _older_attention(
+    self: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, None]:
+    """The method `_attn` of models older than that interface (GPT-J, CodeGen); `scale_attn` is 1 / scale."""
+    if attention_mask is not None:
+        raise Uncapturable("its attention takes a mask")
+    return _attend(query, key, value, 1 / float(cast(Any, self).scale_attn)).transpose(1, 2), None
+
+
+def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> None:
+    """transformers' mask interface: one query token sees everything before it, if nothing else is asked for.
+
+    A padding mask can only be one that the model made for itself, all ones: the decode loop gives none.
+    """
+    if mask_function is not causal_mask_function:
         raise Uncapturable("its attention mask is not plainly causal")
 
 
@@ -141,7 +162,10 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
     """For as long as this lasts, the model uses our attention, and does not look for padding among its input ids."""
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     configs = {id(m.config): (m.config, m.config._attn_implementation_internal) for m in models}
+    older = [m for m in model.modules() if hasattr(m, "_attn") and hasattr(m, "scale_attn")]
     try:
+        for module in older:
+            vars(module)["_attn"] = functools.partial(_older_attention, module)
         for config, _ in configs.values():
             config._attn_implementation_internal = NAME
         for m in models:
@@ -152,14 +176,25 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = before
         for m in models:
             del vars(m)["warn_if_padding_and_no_attention_mask"]
+        for module in older:
+            del vars(module)["_attn"]
 
 
-def _trace(model: PreTrainedModel, options: dict[str, Any], shapes: list[torch.Size], at: int) -> fx.GraphModule:
-    """The model's forward for one token at position `at`; inputs: token, position, keys and values of every layer."""
+def _trace(
+    model: PreTrainedModel, options: dict[str, Any], inputs: list[Tensor], buffers: list[Tensor], at: int
+) -> Any:
+    """The model's forward for one token at position `at`; for inputs and buffers see `_example`."""
 
-    def step(token: Tensor, position: Tensor, *buffers: Tensor) -> Tensor:
+    def step(token: Tensor, position: Tensor, *cache: Tensor) -> Tensor:
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            if token.device.type == "cuda":
+                out: Tensor = torch.ops.rankgate.attend_at(q, k, v, cache[0], layer, position, scale)
+            else:
+                out = torch.ops.rankgate.attend(q, k, v, cache[2 * layer], cache[2 * layer + 1], position, scale)
+            return out
+
         pairs = zip(buffers[::2], buffers[1::2], strict=True)
-        layers = [_TracedLayer(keys, values, position, at) for keys, values in pairs]
+        layers = [_TracedLayer(*pair, at, functools.partial(attention, layer)) for layer, pair in enumerate(pairs)]
         place = {"position_ids": position} if options.get("position_ids") is not None else {}
         out = model(**{**options, **place, "input_ids": token, "past_key_values": Cache(layers=list(layers))})
         if not all(layer.attended for layer in layers):
@@ -168,20 +203,30 @@ def _trace(model: PreTrainedModel, options: dict[str, Any], shapes: list[torch.S
         return logits
 
     with _own_attention(model):
-        return make_fx(step, pre_dispatch=True)(*_example(model, shapes, at))
+        return make_fx(step, pre_dispatch=True)(*inputs)
 
 
-def _example(model: PreTrainedModel, shapes: list[torch.Size], at: int) -> list[Tensor]:
-    """A token, its position, and an empty scratch cache."""
-    buffers = [torch.zeros((1, heads, SCRATCH, width), dtype=model.dtype) for _, heads, _, width in shapes]
-    return [torch.zeros((1, 1), dtype=torch.long), torch.full((1, 1), at), *buffers]
+def _example(model: PreTrainedModel, shapes: list[torch.Size], at: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs of a step, and the buffers of its scratch cache.
+
+    Inputs: a token, its position, and the cache: all its buffers, or on a GPU the one table that tells where they are.
+    """
+    device = model.device
+    buffers = [torch.zeros((1, g, SCRATCH, width), dtype=model.dtype, device=device) for _, g, _, width in shapes]
+    cache = buffers
+    if device.type == "cuda":
+        from rankgate.ops.attention_gpu import table
+
+        cache = [table(buffers)]
+    token = torch.zeros((1, 1), dtype=torch.long, device=device)
+    return [token, torch.full_like(token, at), *cache], buffers
 
 
 class Capture:
     """The traced step of one model.
 
     Args:
-        model: on the CPU, in evaluation mode.
+        model: on one device, in evaluation mode.
         options: keyword arguments of `model.forward` for one token, as generate() would pass them.
         shapes: of every layer's keys and values, alternating: (1, heads, any, width).
 
@@ -189,20 +234,29 @@ class Capture:
     """
 
     def __init__(self, model: PreTrainedModel, options: dict[str, Any], shapes: list[torch.Size]) -> None:
-        first, second = (_trace(model, options, shapes, at) for at in POSITIONS)
+        examples = [_example(model, shapes, at) for at in POSITIONS]
+        first, second = (_trace(model, options, *example, at) for example, at in zip(examples, POSITIONS, strict=True))
         if not _same(first, second):
             raise Uncapturable("what it computes in Python depends on the position")
-        _simplify(first, _example(model, shapes, POSITIONS[0]))
-        self.constants = [getattr(first, node.target) for node in first.graph.nodes if node.op == "get_attr"]
-        self.threaded = bool(
-            first.graph.find_nodes(op="call_function", target=GEMV)
-        )  # uses threads that are not torch's
-        self.function = _compile(first.graph)
+        inputs = examples[0][0]
+        _simplify(first, inputs)
+        self.threaded = bool(first.graph.find_nodes(op="call_function", target=GEMV))  # uses threads not torch's
+        self.bind: Callable[[list[Tensor]], Step]
+        if model.device.type == "cuda":
+            from rankgate.recorded import Recorded
+
+            self.bind = Recorded(first, inputs).bind
+        else:
+            constants = [getattr(first, node.target) for node in first.graph.nodes if node.op == "get_attr"]
+            self.bind = functools.partial(_bound, _compile(first.graph), constants)
 
     def __call__(self, token: Tensor, position: Tensor, buffers: list[Tensor]) -> Tensor:
         """Logits (1, vocabulary). token, position: (1, 1) int64; buffers: keys and values by layer, alternating."""
-        logits: Tensor = self.function(token, position, *buffers, *self.constants)
-        return logits
+        return self.bind(buffers)(token, position)
+
+
+def _bound(function: Callable[..., Tensor], constants: list[Tensor], buffers: list[Tensor]) -> Step:
+    return lambda token, position: function(token, position, *buffers, *constants)
 
 
 def _same(a: fx.GraphModule, b: fx.GraphModule) -> bool:
@@ -251,7 +305,9 @@ def _simplify(module: fx.GraphModule, inputs: list[Tensor]) -> None:
                 same = seen.setdefault((node.target, repr((node.args, node.kwargs))), node)
             _replace(node, same or node)
     graph.eliminate_dead_code()
-    fuse(module, values)
+    if inputs[0].device.type == "cpu":  # elsewhere the compiler does
+        fuse(module, values)
+    module.recompile()
 
 
 def _replace(node: fx.Node, other: fx.Node) -> None:

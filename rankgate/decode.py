@@ -4,10 +4,11 @@ generate() prepares everything that is policy (logits processors, stopping crite
 replaces only its token-by-token part, and returns the same tokens. What it saves is Python:
 
     prompt      the model's ordinary forward, into a cache that grows by doubling
-    each token  a captured step (`rankgate.capture`): a flat list of tensor operations, no modules
+    each token  a captured step (`rankgate.capture`): a flat list of tensor operations, no modules; on a GPU one CUDA
+                graph, and the next token's is launched before this one's is known to the CPU
 
 Not covered, and left to the model's own methods: steps that cannot be captured, batches, beams, padding,
-encoder-decoders, caches other than the plain dynamic one, dictionaries as results, devices other than the CPU. Each
+encoder-decoders, caches other than the plain dynamic one, dictionaries as results, models on several devices. Each
 model that falls back says why, once. (A loop over `forward` alone would gain nothing over generate(): its own loop is
 cheap, the modules are not.)
 A capture is made on the first call and kept with the model. It sees weights that change in place, and is made again
@@ -37,8 +38,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from rankgate.capture import Capture, CountedLayer, Uncapturable
+from rankgate.capture import Capture, CountedLayer, Step, Uncapturable
 from rankgate.errors import RankgateError
+from rankgate.ops import has_triton
 
 CAPACITY = 256  # tokens that a new cache has room for
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}  # of a capture's first logits, as a share of the largest
@@ -145,20 +147,41 @@ def _loop(
     streamer: BaseStreamer | None,
 ) -> Tensor:
     """The prompt `ids` (1, tokens) and what follows it."""
-    logits = steps.prompt()
+    logits: Tensor | None = steps.prompt()
     while True:
+        logits = steps.next(ids[:, -1:]) if logits is None else logits
         scores = process(cast(LongTensor, ids), cast(FloatTensor, logits.to(torch.float32, copy=True)))
-        if sample:
-            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-        else:
-            token = scores.argmax(dim=-1, keepdim=True)
+        token = _sample(torch.softmax(scores, dim=-1)) if sample else scores.argmax(dim=-1, keepdim=True)
         ids = torch.cat([ids, token], dim=-1)
-        done = bool(stop(ids, None).all())
+        news = _News(token, stop(ids, None))
+        logits = steps.next(token) if steps.ahead else None
+        token, done = news.read()
         if streamer is not None:
             streamer.put(token[0])
-        if done:
+        if bool(done.all()):
             return ids
-        logits = steps.next(token)
+
+
+def _sample(probabilities: Tensor) -> Tensor:
+    """What torch.multinomial draws for one sample, without its wait for the GPU to check the probabilities."""
+    if probabilities.device.type == "cpu":
+        return torch.multinomial(probabilities, num_samples=1)
+    return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(dim=-1, keepdim=True)
+
+
+class _News:
+    """Tensors on their way to the CPU, while the device goes on."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.event = torch.cuda.Event() if tensors[0].is_cuda else None
+        self.tensors = [t.to("cpu", non_blocking=True) for t in tensors]
+        if self.event is not None:
+            self.event.record()
+
+    def read(self) -> list[Tensor]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensors
 
 
 def fast_generate(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -179,7 +202,8 @@ def _unsupported(
         "more than one sequence": input_ids.shape[0] != 1,
         "padding": mask is not None and (mask.shape != input_ids.shape or not bool((mask == 1).all())),
         "an encoder": model.config.is_encoder_decoder,
-        "a device other than the CPU": any(p.device.type != "cpu" for p in model.parameters()),
+        "a device without kernels": model.device.type != "cpu" and not has_triton(model.device),
+        "several devices": any(t.device != model.device for t in (*model.parameters(), *model.buffers(), input_ids)),
         "training mode": model.training,
         "a dictionary as result": config.return_dict_in_generate,
         "a prompt read in chunks": config.prefill_chunk_size is not None,
@@ -192,7 +216,7 @@ def _unsupported(
         "arguments of its own": not given
         <= {"past_key_values", "position_ids", "use_cache", "logits_to_keep", "attention_mask"},
         "positions of its own": positions is not None
-        and not torch.equal(positions, torch.arange(input_ids.shape[1])[None]),
+        and not torch.equal(positions, torch.arange(input_ids.shape[1], device=positions.device)[None]),
         "a step that could not be captured before": _failed(model),
         "hooks on its modules": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
         "its own preparation of arguments": any(
@@ -240,10 +264,16 @@ class _Steps:
         self.inputs = cast(Any, model).prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         self.inputs["return_dict"] = True
         self.length = input_ids.shape[1]  # tokens in the cache after the current call
-        self.position = torch.tensor([[self.length - 1]])
+        self.position = torch.tensor([[self.length - 1]], device=input_ids.device)
         self.decided = False  # between capture and forward
         self.capture: Capture | None = None
-        self.buffers: list[Tensor] = []
+        self.step: Step | None = None
+        self.capacity = 0  # of the cache that `step` was bound to
+
+    @property
+    def ahead(self) -> bool:
+        """Whether steps return before they are through, so that one may be begun that turns out not to be needed."""
+        return self.capture is not None and self.position.is_cuda
 
     def prompt(self) -> Tensor:
         """Logits after the prompt."""
@@ -276,15 +306,16 @@ class _Steps:
         return logits
 
     def _replay(self, token: Tensor, capture: Capture) -> Tensor:
-        if not self.buffers or self.length > self.buffers[0].shape[2]:
+        if self.step is None or self.length > self.capacity:
             for layer in self.layers:
                 layer.length = self.length - 1
                 layer.reserve(self.length)
-            self.buffers = self._buffers()
+            buffers = self._buffers()
+            self.step, self.capacity = capture.bind(buffers), buffers[0].shape[2]
             if capture.threaded:  # their threads and torch's, which wait by spinning, would share the cores
                 torch.set_num_threads(1)
         with torch.inference_mode():
-            return capture(token, self.position, self.buffers)
+            return self.step(token, self.position)
 
     def _buffers(self) -> list[Tensor]:
         pairs = [(layer.keys, layer.values) for layer in self.layers]

@@ -5,7 +5,8 @@ import torch
 from test_ops import FLOAT32_STEPS, group
 from torch import Tensor
 
-from rankgate.ops import quantized_gpu
+from rankgate.ops import attention_gpu, quantized_gpu
+from rankgate.ops.attention import attend_reference
 from rankgate.quantized import QuantizedGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,14 +23,25 @@ CASES = (
 
 
 def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
-    """Float32 rounding of sums whose terms are up to 144 x scale at 4 bits, before the offset is taken off again."""
+    """Float32 rounding of sums whose terms are up to 2,064 x scale at 4 bits, before the offset is taken off again."""
     scale = quantized.base.scale.float().repeat_interleave(64, 1)[:, : x.shape[-1]]
-    whole = quantized.base.dequantize().abs() + (144 * scale if quantized.base.bits == 4 else 0)
+    whole = quantized.base.dequantize().abs() + (2064 * scale if quantized.base.bits == 4 else 0)
     if quantized.low_rank is not None:
         whole += (quantized.low_rank.A.abs().float() * quantized.low_rank.scale) @ quantized.low_rank.B.abs().float()
     if quantized.refinement is not None:
         whole += 8 * quantized.refinement.row.float()[:, None] * quantized.refinement.column.float()
     return FLOAT32_STEPS * torch.finfo(torch.float32).eps * (x.abs() @ whole.T)
+
+
+def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
+    base, low, fine = quantized.base, quantized.low_rank, quantized.refinement
+    return quantized_gpu.gemv(
+        x,
+        *(base.codes, base.scale, base.zero),
+        *((None,) * 3 if low is None else (low.A, low.B, low.scale)),
+        *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),
+        quantized.counters(x.device),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -41,7 +53,7 @@ def test_kernel_is_the_oracle_but_for_rounding(case: tuple[int, int, int, bool, 
     expected = quantized.reference(x.float())
     rounding = torch.finfo(dtype).eps * expected.abs() if dtype != torch.float32 else 0  # twice that of rounding once
     for _ in range(2):  # the counters are back at zero
-        y = quantized_gpu.gemv(x, quantized)
+        y = gemv(x, quantized)
         assert y.dtype == dtype
         assert ((y.float() - expected).abs() <= rounding + bound(quantized, x.float())).all()
 
@@ -49,13 +61,40 @@ def test_kernel_is_the_oracle_but_for_rounding(case: tuple[int, int, int, bool, 
 def test_leading_dimensions_and_strides():
     quantized = group(40, 96, rank=8, opened=0.5).to(DEVICE)
     x = torch.randn(2, 1, 192, device=DEVICE)[..., ::2]
-    y = quantized_gpu.gemv(x, quantized)
+    y = gemv(x, quantized)
     assert y.shape == (2, 1, 40)
-    torch.testing.assert_close(y, quantized.reference(x), rtol=1e-4, atol=1e-3)
+    assert ((y - quantized.reference(x)).abs() <= bound(quantized, x)).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_is_not_hidden(value: float):
     x = torch.ones(1, 70, device=DEVICE)
     x[0, 69] = value
-    assert not torch.isfinite(quantized_gpu.gemv(x, group(65, 70, rank=4, opened=0.5).to(DEVICE))).any()
+    assert not torch.isfinite(gemv(x, group(65, 70, rank=4, opened=0.5).to(DEVICE))).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4, 16, 16), (6, 2, 64, 64), (3, 1, 5, 7)], ids=str)
+def test_attention_along_a_text(heads: tuple[int, int, int, int], dtype: torch.dtype):
+    H, G, d, e = heads
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    caches = [[random(1, G, 150, w) for w in (d, e, d, e)] for _ in "ab"]
+    caches[1] = [buffer.clone() for buffer in caches[0]]
+    cache = attention_gpu.table(caches[0])
+    for at in (0, 63, 149):
+        q, k, v = random(1, H, 1, d), random(1, G, 1, d), random(1, G, 1, e)
+        position = torch.tensor([[at]], device=DEVICE)
+        y = attention_gpu.attend(q, k, v, cache, 1, position, 0.3)
+        wide = [buffer.float() for buffer in caches[1][2:]]
+        exact = attend_reference(q.float(), k.float(), v.float(), *wide, position, 0.3)
+        assert y.shape == (1, 1, H, e)
+        assert y.dtype == dtype
+        eps = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+        assert ((y.float() - exact).abs() <= eps * exact.abs() + 1e-5).all()
+        for buffer, exact_buffer in zip(caches[1][2:], wide, strict=True):
+            buffer.copy_(exact_buffer)
+        assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))

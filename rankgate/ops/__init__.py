@@ -6,7 +6,7 @@ A kernel module is imported when it is first needed: `ops.cpu` brings Numba, `op
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,8 +32,29 @@ def _gemv(x: Tensor, table: int, m: int) -> Tensor:
     return cpu.gemv(x, table, m)
 
 
+def _gemv_gpu(*arguments: Any) -> Tensor:
+    from rankgate.ops import quantized_gpu
+
+    return quantized_gpu.gemv(*arguments)
+
+
+def _attend_at(*arguments: Any) -> Tensor:
+    from rankgate.ops import attention_gpu
+
+    return attention_gpu.attend(*arguments)
+
+
 _library.impl("quantized_gemv", _gemv, "CPU")
 _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
+_library.define(
+    "quantized_gemv_gpu(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? A, Tensor? B, Tensor? factor, "
+    "Tensor? plane, Tensor? row, Tensor? column, Tensor? threshold, Tensor counters) -> Tensor"
+)
+_library.impl("quantized_gemv_gpu", _gemv_gpu, "CUDA")
+_library.impl("quantized_gemv_gpu", lambda x, codes, *_: x.new_empty((*x.shape[:-1], len(codes))), "Meta")
+_library.define("attend_at(Tensor q, Tensor k, Tensor v, Tensor cache, int layer, Tensor position, float s) -> Tensor")
+_library.impl("attend_at", _attend_at, "CUDA")
+_library.impl("attend_at", lambda q, k, v, *_: q.new_empty((1, 1, q.shape[1], v.shape[3])), "Meta")
 
 
 def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
@@ -41,17 +62,24 @@ def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
 
     A few tokens take a kernel that reads packed bytes; more of them share one unpacked matrix.
     """
+    y: Tensor
     here = x.device == group.base.codes.device and not group.watched and not x.requires_grad
     few = x.numel() <= FEW * x.shape[-1]
     if here and x.device.type == "cpu":
         from rankgate.ops import cpu
 
         if few:
-            y: Tensor = torch.ops.rankgate.quantized_gemv(x, group.table(cpu.table_of), group.base.m)
+            y = torch.ops.rankgate.quantized_gemv(x, group.table(cpu.table_of), group.base.m)
             return y
         return group.reference(x, cpu.dequantize(group.base))
     if here and few and x.dtype != torch.float64 and has_triton(x.device):
-        from rankgate.ops import quantized_gpu
-
-        return quantized_gpu.gemv(x, group)
+        low, fine = group.low_rank, group.refinement
+        y = torch.ops.rankgate.quantized_gemv_gpu(
+            x,
+            *(group.base.codes, group.base.scale, group.base.zero),
+            *((None,) * 3 if low is None else (low.A, low.B, low.scale)),
+            *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),
+            group.counters(x.device),
+        )
+        return y
     return group.reference(x)

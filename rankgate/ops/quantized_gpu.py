@@ -10,27 +10,24 @@ launch, no host in between: capturable in a CUDA graph.
                  E:  for LISTING channels of one token, those that are open, and x_j column_j of each
     consumers    H rows, and the H rows 32 further down, whose codes in E are the other nibbles of the same bytes
 
-Codes become floats without conversions: a nibble shifted to bits 16–19 under the exponent of 1 is 1 + q / 128. So
+Codes become floats without conversions: under the exponent of 1, a nibble at bit 16 is 1 + q / 128, one at bit 12 is
+1 + q / 2048. So
 
-    Σ (q − z) x = 128 Σ (1 + q / 128) x − (128 + z) Σ x
+    Σ (q − z) x = 128 (Σ_low (1 + q / 128) x + Σ_high (1 + q / 2048) 16 x  −  Σ_low x − 16 Σ_high x − z / 128 Σ x)
 
-in float32, whatever the dtype of x. One group at a time: its counters belong to it, so two streams must not share it.
+over the low and the high nibbles of the bytes, in float32, whatever the dtype of x. A group serves one stream at a time: its counters are its own.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rankgate.quantized import QuantizedGroup
-
 CHUNK = 512  # inputs of a producer of z
 LISTING = 1024  # channels of a producer of a list
+ONE = 0x3F800000  # float32 1, an argument because the compiler moves constants to a register for every word
 TOGETHER = 128  # open channels that a consumer reads together
 
 
@@ -66,13 +63,15 @@ def _list(x, column, threshold, channels, scaled, counts, listing, lists, token,
 
 
 @triton.jit
-def _unit(q, SHIFT: tl.constexpr):
-    """1 + nibble / 128, in one shift and one logic operation."""
-    if SHIFT < 16:
-        q = q << (16 - SHIFT)
-    else:
-        q = q >> (SHIFT - 16)
-    return ((q & 0x000F0000) | 0x3F800000).to(tl.float32, bitcast=True)
+def _low(q, one):
+    """1 + q / 128 for the nibble at bit 16."""
+    return ((q & 0x000F0000) | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high(q, one):
+    """1 + q / 2048 for the nibble at bit 12."""
+    return ((q & 0x0000F000) | one).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -82,10 +81,12 @@ def _byte(q, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x, token, known, j, n, OFFSET: tl.constexpr):
-    """x (BATCH × 1 × WORDS) at inputs j + OFFSET."""
-    inside = known[:, None, None] & (j + OFFSET < n)[None, None, :]
-    return tl.load(x + token[:, None, None] * n + (j + OFFSET)[None, None, :], mask=inside, other=0.0).to(tl.float32)
+def _inputs(x, token, j, n, OFFSET: tl.constexpr, EVEN: tl.constexpr):
+    """x (BATCH × 1 × GROUPS × PER) at inputs j + OFFSET."""
+    place = x + token[:, None, None, None] * n + (j + OFFSET)
+    if EVEN:
+        return tl.load(place).to(tl.float32)
+    return tl.load(place, mask=j + OFFSET < n, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -95,63 +96,65 @@ def _multiply(
     scale,
     zero,
     token,
-    known,
     row,
-    inside,
     n,
     blocks,
+    one,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """Q x (BATCH × ROWS) for the given tokens and rows."""
+    """Q x (BATCH × ROWS) for the given tokens and rows, all of which exist. EVEN: n is a multiple of 64 GROUPS."""
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
-    GROUPS: tl.constexpr = WORDS // PER
     words = codes.to(tl.pointer_type(tl.int32))
+    word = tl.arange(0, PER)[None, None, None, :]
     total = tl.zeros((BATCH, ROWS, GROUPS), tl.float32)
-    for start in tl.range(0, blocks * PER, WORDS, loop_unroll_factor=UNROLL):
-        w = start + tl.arange(0, WORDS)
-        g = start // PER + tl.arange(0, GROUPS)
-        here = inside[:, None] & (g < blocks)
-        q = tl.load(words + row[:, None] * (blocks * PER) + w, mask=inside[:, None] & (w < blocks * PER), other=0)
-        s = tl.load(scale + row[:, None] * blocks + g, mask=here, other=0.0).to(tl.float32)
-        q = q[None]
+    for start in range(0, blocks, GROUPS):
+        g = start + tl.arange(0, GROUPS)
+        j = 64 * g[None, None, :, None] + 4 * word
+        if not EVEN:
+            g = tl.minimum(g, blocks - 1)  # beyond the end x is zero
+        block = row[None, :, None] * blocks + g[None, None, :]
+        q = tl.load(words + block[:, :, :, None] * PER + word)
+        s = tl.load(scale + block).to(tl.float32)
+        x0 = _inputs(x, token, j, n, 0, EVEN)
+        x1 = _inputs(x, token, j, n, 1, EVEN)
+        x2 = _inputs(x, token, j, n, 2, EVEN)
+        x3 = _inputs(x, token, j, n, 3, EVEN)
         if BITS == 4:
-            j = 64 * (w // 8) + 4 * (w % 8)
-            x0 = _inputs(x, token, known, j, n, 0)
-            x1 = _inputs(x, token, known, j, n, 1)
-            x2 = _inputs(x, token, known, j, n, 2)
-            x3 = _inputs(x, token, known, j, n, 3)
-            x4 = _inputs(x, token, known, j, n, 32)
-            x5 = _inputs(x, token, known, j, n, 33)
-            x6 = _inputs(x, token, known, j, n, 34)
-            x7 = _inputs(x, token, known, j, n, 35)
-            y = _unit(q, 0) * x0 + _unit(q, 4) * x4 + _unit(q, 8) * x1 + _unit(q, 12) * x5
-            y += _unit(q, 16) * x2 + _unit(q, 20) * x6 + _unit(q, 24) * x3 + _unit(q, 28) * x7
-            v = ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
+            x4 = _inputs(x, token, j, n, 32, EVEN)
+            x5 = _inputs(x, token, j, n, 33, EVEN)
+            x6 = _inputs(x, token, j, n, 34, EVEN)
+            x7 = _inputs(x, token, j, n, 35, EVEN)
+            low, high = (x0 + x1) + (x2 + x3), (x4 + x5) + (x6 + x7)
+            v = low + high
+            offset = low + 16 * high
+            if not ZERO:
+                offset += 0.0625 * v  # 8 / 128
+            right, left = q >> 8, q << 8
+            y = _low(q, one) * x2 - offset
+            y += _high(q, one) * (16 * x5)
+            y += _low(left, one) * x1
+            y += _high(left, one) * (16 * x4)
+            y += _low(right, one) * x3
+            y += _high(right, one) * (16 * x6)
+            y += _low(q << 16, one) * x0
+            y += _high(q >> 16, one) * (16 * x7)
+            s *= 128
         else:
             q = q ^ -2139062144  # 0x80808080
-            j = 4 * w
-            x0 = _inputs(x, token, known, j, n, 0)
-            x1 = _inputs(x, token, known, j, n, 1)
-            x2 = _inputs(x, token, known, j, n, 2)
-            x3 = _inputs(x, token, known, j, n, 3)
-            y = _byte(q, 0) * x0 + _byte(q, 8) * x1 + _byte(q, 16) * x2 + _byte(q, 24) * x3
             v = (x0 + x1) + (x2 + x3)
-        y = tl.sum(tl.reshape(y, (BATCH, ROWS, GROUPS, PER)), 3)
-        v = tl.sum(tl.reshape(v, (BATCH, 1, GROUPS, PER)), 3)
+            y = _byte(q, 0) * x0 + _byte(q, 8) * x1 + _byte(q, 16) * x2 + _byte(q, 24) * x3
+        y = tl.sum(y, 3)
         if ZERO:
-            z = tl.load(zero + row[:, None] * blocks + g, mask=here, other=0).to(tl.float32)[None]
-        if BITS == 4 and ZERO:
-            y = 128.0 * y - (128.0 + z) * v
-        elif BITS == 4:
-            y = 128.0 * y - 136.0 * v
-        elif ZERO:
-            y -= z * v
-        total += s[None] * y
+            z = tl.load(zero + block).to(tl.float32)
+            if BITS == 4:
+                z /= 128
+            y -= z * tl.sum(v, 3)
+        total += s * y
     return tl.sum(total, 2)
 
 
@@ -159,12 +162,6 @@ def _multiply(
 def _code(q, SHIFT: tl.constexpr):
     """The nibble of q at SHIFT, minus 8, as float32."""
     return (((q >> SHIFT) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
-
-
-@triton.jit
-def _weave(a, b, c, d, SIZE: tl.constexpr):
-    """a₀ b₀ c₀ d₀ a₁ b₁ …, SIZE values in all."""
-    return tl.reshape(tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 2, 1)), (SIZE,))
 
 
 @triton.jit
@@ -178,6 +175,7 @@ def _gather(
     first,
     stride,
     H: tl.constexpr,
+    LISTS: tl.constexpr,
     LISTING: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
@@ -185,28 +183,30 @@ def _gather(
 
     plane: int32; the codes of channel j are the H / 4 words at first + j stride.
     """
-    i, w = tl.arange(0, TOGETHER), tl.arange(0, H // 4)
-    a = tl.zeros((H // 4,), tl.float32)
+    w, every = tl.arange(0, H // 4), tl.arange(0, LISTS)
+    count = tl.load(counts + token * lists + every, mask=every < lists, other=0, cache_modifier=".cg")
+    end = tl.cumsum(count, 0)
+    a = tl.zeros((TOGETHER, H // 4), tl.float32)
     b, c, d, e, f, g, h = a, a, a, a, a, a, a
-    for listing in range(lists):
-        place = (token * lists + listing) * LISTING
-        count = tl.load(counts + token * lists + listing, cache_modifier=".cg")
-        for start in range(0, count, TOGETHER):
-            known = start + i < count
-            j = tl.load(channels + place + start + i, cache_modifier=".cg")  # beyond the count: anything
-            v = tl.load(scaled + place + start + i, cache_modifier=".cg")
-            j, v = tl.where(known, j, 0), tl.where(known, v, 0.0)[:, None]
-            q = tl.load(plane + first + j[:, None] * stride + w)
-            a += tl.sum(_code(q, 0) * v, 0)
-            b += tl.sum(_code(q, 8) * v, 0)
-            c += tl.sum(_code(q, 16) * v, 0)
-            d += tl.sum(_code(q, 24) * v, 0)
-            e += tl.sum(_code(q, 4) * v, 0)
-            f += tl.sum(_code(q, 12) * v, 0)
-            g += tl.sum(_code(q, 20) * v, 0)
-            h += tl.sum(_code(q, 28) * v, 0)
-    low, high = _weave(a, b, c, d, H), _weave(e, f, g, h, H)
-    return tl.reshape(tl.trans(tl.join(low, high)), (2 * H,))
+    for start in range(0, tl.sum(count, 0), TOGETHER):
+        i = start + tl.arange(0, TOGETHER)  # among all lists, one after the other
+        passed = end[None, :] <= i[:, None]
+        listing, skipped = tl.sum(passed.to(tl.int32), 1), tl.sum(tl.where(passed, count[None, :], 0), 1)
+        place, known = (token * lists + listing) * LISTING + i - skipped, listing < LISTS
+        j = tl.load(channels + place, mask=known, other=0, cache_modifier=".cg")
+        v = tl.load(scaled + place, mask=known, other=0.0, cache_modifier=".cg")[:, None]
+        q = tl.load(plane + first + j[:, None] * stride + w)
+        a += _code(q, 0) * v
+        b += _code(q, 8) * v
+        c += _code(q, 16) * v
+        d += _code(q, 24) * v
+        e += _code(q, 4) * v
+        f += _code(q, 12) * v
+        g += _code(q, 20) * v
+        h += _code(q, 28) * v
+    low, high = tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h))
+    total = tl.sum(tl.join(low, high), 0)  # (words, byte & 1, byte >> 1, nibble)
+    return tl.reshape(tl.permute(total, (3, 0, 2, 1)), (2 * H,))
 
 
 @triton.jit
@@ -233,16 +233,18 @@ def _gemv(
     m,
     n,
     blocks,
+    one,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     RANK: tl.constexpr,
     REFINED: tl.constexpr,
     BATCH: tl.constexpr,
     H: tl.constexpr,
-    WORDS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    EVEN: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    LISTS: tl.constexpr,
     LISTING: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
@@ -273,7 +275,21 @@ def _gemv(
         if REFINED:
             f = tl.load(row_factor + row, mask=inside, other=0.0).to(tl.float32)
         total = _multiply(
-            x, codes, scale, zero, token, known, row, inside, n, blocks, BITS, ZERO, BATCH, 2 * H, WORDS, UNROLL
+            x,
+            codes,
+            scale,
+            zero,
+            tl.minimum(token, tokens - 1),
+            tl.minimum(row, m - 1),
+            n,
+            blocks,
+            one,
+            BITS,
+            ZERO,
+            BATCH,
+            2 * H,
+            GROUPS,
+            EVEN,
         )
         if RANK > 0 or REFINED:
             while tl.atomic_add(counters, 0, sem="acquire") < producers:
@@ -298,6 +314,7 @@ def _gemv(
                     word,
                     stride,
                     H,
+                    LISTS,
                     LISTING,
                     TOGETHER,
                 )
@@ -309,49 +326,73 @@ def _gemv(
                 tl.store(counters + 1, 0)
 
 
-def gemv(x: Tensor, group: QuantizedGroup) -> Tensor:
-    """y (…, m) in the dtype of x (…, n), at most 8 tokens."""
-    base, low, fine = group.base, group.low_rank, group.refinement
+def gemv(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    factor: Tensor | None,
+    plane: Tensor | None,
+    row: Tensor | None,
+    column: Tensor | None,
+    threshold: Tensor | None,
+    counters: Tensor,
+) -> Tensor:
+    """y (…, m) in the dtype of x (…, n), at most 8 tokens.
+
+    The tensors are those of a `QuantizedGroup`: base (codes, scale, zero), low rank (A, B, factor; or all None) and
+    refinement (plane, row, column, threshold; or all None). counters: two int32, zero.
+    """
     x = x.contiguous()
-    m, n, tokens = base.m, base.n, x.numel() // x.shape[-1]
-    rank = 0 if low is None else low.rank
-    chunks = 0 if low is None else triton.cdiv(n, CHUNK)
-    lists = 0 if fine is None else triton.cdiv(n, LISTING)
+    m, n, tokens = len(codes), x.shape[-1], x.numel() // x.shape[-1]
+    bits = 4 if codes.dtype == torch.uint8 else 8
+    rank = 0 if B is None else len(B)
+    chunks = triton.cdiv(n, CHUNK) if rank else 0
+    lists = 0 if plane is None else triton.cdiv(n, LISTING)
     padded_rank = triton.next_power_of_2(rank) if rank else 0
     y = x.new_empty((*x.shape[:-1], m))
-    part = x.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
+    low = x.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
     channels = x.new_empty(lists * tokens * LISTING, dtype=torch.int32)
     scaled = x.new_empty(lists * tokens * LISTING, dtype=torch.float32)
     counts = x.new_empty(lists * tokens, dtype=torch.int32)
-    H, words, warps, unroll = tile(m)
+    H, groups, warps = tile(m)
     _gemv[chunks + lists * tokens + triton.cdiv(m, 64) * (32 // H),](
         x,
         y,
-        base.codes,
-        base.scale,
-        base.zero,
-        *((None, None, None) if low is None else (low.A, low.B, low.scale)),
+        codes,
+        scale,
+        zero,
+        A,
+        B,
+        factor,
         rank,
-        *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),
-        group.counters(x.device),
-        part,
+        plane,
+        row,
+        column,
+        threshold,
+        counters,
+        low,
         channels,
         scaled,
         counts,
         tokens,
         m,
         n,
-        base.scale.shape[1],
-        BITS=base.bits,
-        ZERO=base.zero is not None,
+        scale.shape[1],
+        ONE,
+        BITS=bits,
+        ZERO=zero is not None,
         RANK=padded_rank,
-        REFINED=fine is not None,
+        REFINED=plane is not None,
         BATCH=triton.next_power_of_2(tokens),
         H=H,
-        WORDS=words,
-        UNROLL=unroll,
+        GROUPS=groups,
+        EVEN=n % (64 * groups) == 0,
         CHUNK=CHUNK,
         CHUNKS=triton.next_power_of_2(max(1, chunks)),
+        LISTS=triton.next_power_of_2(max(1, lists)),
         LISTING=LISTING,
         TOGETHER=TOGETHER,
         num_warps=warps,
@@ -359,6 +400,6 @@ def gemv(x: Tensor, group: QuantizedGroup) -> Tensor:
     return y
 
 
-def tile(m: int) -> tuple[int, int, int, int]:
-    """H, words of a row read together, warps and unrolled steps of a consumer, as an H100 likes them."""
-    return (16, 128, 4, 1) if m >= 8192 else (8, 256, 8, 2) if m >= 2048 else (4, 64, 4, 1)
+def tile(m: int) -> tuple[int, int, int]:
+    """H, groups of a row read together, and warps of a consumer, as an H100 likes them."""
+    return (16, 8, 4) if m >= 8192 else (8, 16, 8) if m >= 2048 else (4, 8, 4)
