@@ -15,7 +15,8 @@ Codes become floats without conversions: under the exponent of 1, a nibble at bi
 
     Σ (q − z) x = 128 (Σ_low (1 + q / 128) x + Σ_high (1 + q / 2048) 16 x  −  Σ_low x − 16 Σ_high x − z / 128 Σ x)
 
-over the low and the high nibbles of the bytes, in float32, whatever the dtype of x. A group serves one stream at a time: its counters are its own.
+over the low and the high nibbles of the bytes, in float32, whatever the dtype of x. A group serves one stream at a time:
+its counters are its own.
 """
 
 from __future__ import annotations
