@@ -5,7 +5,7 @@ import torch
 from test_ops import FLOAT32_STEPS, group
 from torch import Tensor
 
-from rankgate.ops import attention_gpu, quantized_gpu
+from rankgate.ops import attention_gpu, gated_gpu, quantized_gpu
 from rankgate.ops.attention import attend_reference
 from rankgate.quantized import QuantizedGroup
 
@@ -37,6 +37,7 @@ def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
     base, low, fine = quantized.base, quantized.low_rank, quantized.refinement
     return quantized_gpu.gemv(
         x,
+        quantized_gpu.spread(x, base.bits),
         *(base.codes, base.scale, base.zero),
         *((None,) * 3 if low is None else (low.A, low.B, low.scale)),
         *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),
@@ -98,3 +99,29 @@ def test_attention_along_a_text(heads: tuple[int, int, int, int], dtype: torch.d
         for buffer, exact_buffer in zip(caches[1][2:], wide, strict=True):
             buffer.copy_(exact_buffer)
         assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (70, 63, 5, 3), (40, 130, 130, 1), (65, 300, 270, 8)], ids=str)
+def test_subspaces_with_and_without_a_gate(shape: tuple[int, int, int, int], dtype: torch.dtype):
+    """Tokens alternate between the subspace and all of the space, far from where the gate could tie."""
+    m, n, k, tokens = shape
+    generator = torch.Generator().manual_seed(2)
+    B = torch.linalg.qr(torch.randn(n, n, generator=generator))[0][:, :k].T.to(DEVICE, dtype).contiguous()
+    W = torch.randn(m, n, generator=generator).to(DEVICE, dtype)
+    A = (W.float() @ B.float().T).to(dtype)
+    x = torch.randn(tokens, n, generator=generator).to(DEVICE)
+    x[::2] = x[::2] @ B.T.float() @ B.float()
+    x = x.to(dtype)
+    counters = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    low, full = (x.float() @ B.float().T) @ A.float().T, x.float() @ W.float().T
+    inside = ((torch.arange(tokens, device=DEVICE) % 2 == 0) | (k == n))[:, None]
+    cases = {0.1: torch.where(inside, low, full), 2.0: low, 0.0: full}
+    scale = x.float().norm(dim=1, keepdim=True) * W.float().norm(dim=1)
+    limit = 1e-6 * scale * n**0.5 + torch.finfo(dtype).eps * scale * (dtype != torch.float32)
+    for eps, expected in cases.items():
+        y = gated_gpu.gemv(x, B, A, W, eps, counters)
+        assert y.dtype == dtype
+        assert ((y.float() - expected).abs() <= limit).all()
+    y = gated_gpu.gemv(x[None], B, A, None, -1.0, counters)
+    assert ((y[0].float() - low).abs() <= limit).all()

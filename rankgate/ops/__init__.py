@@ -47,11 +47,12 @@ def _attend_at(*arguments: Any) -> Tensor:
 _library.impl("quantized_gemv", _gemv, "CPU")
 _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
 _library.define(
-    "quantized_gemv_gpu(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? A, Tensor? B, Tensor? factor, "
-    "Tensor? plane, Tensor? row, Tensor? column, Tensor? threshold, Tensor counters) -> Tensor"
+    "quantized_gemv_gpu(Tensor x, Tensor spread, Tensor codes, Tensor scale, Tensor? zero, "
+    "Tensor? A, Tensor? B, Tensor? factor, Tensor? plane, Tensor? row, Tensor? column, Tensor? threshold, "
+    "Tensor counters) -> Tensor"
 )
 _library.impl("quantized_gemv_gpu", _gemv_gpu, "CUDA")
-_library.impl("quantized_gemv_gpu", lambda x, codes, *_: x.new_empty((*x.shape[:-1], len(codes))), "Meta")
+_library.impl("quantized_gemv_gpu", lambda x, spread, codes, *_: x.new_empty((*x.shape[:-1], len(codes))), "Meta")
 _library.define("attend_at(Tensor q, Tensor k, Tensor v, Tensor cache, int layer, Tensor position, float s) -> Tensor")
 _library.impl("attend_at", _attend_at, "CUDA")
 _library.impl("attend_at", lambda q, k, v, *_: q.new_empty((1, 1, q.shape[1], v.shape[3])), "Meta")
@@ -73,9 +74,12 @@ def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
             return y
         return group.reference(x, cpu.dequantize(group.base))
     if here and few and x.dtype != torch.float64 and has_triton(x.device):
+        from rankgate.ops import quantized_gpu
+
         low, fine = group.low_rank, group.refinement
         y = torch.ops.rankgate.quantized_gemv_gpu(
             x,
+            quantized_gpu.spread(x, group.base.bits),
             *(group.base.codes, group.base.scale, group.base.zero),
             *((None,) * 3 if low is None else (low.A, low.B, low.scale)),
             *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),

@@ -15,8 +15,8 @@ Codes become floats without conversions: under the exponent of 1, a nibble at bi
 
     Σ (q − z) x = 128 (Σ_low (1 + q / 128) x + Σ_high (1 + q / 2048) 16 x  −  Σ_low x − 16 Σ_high x − z / 128 Σ x)
 
-over the low and the high nibbles of the bytes, in float32, whatever the dtype of x. A group serves one stream at a time:
-its counters are its own.
+over the low and the high nibbles of the bytes, in float32, whatever the dtype of x. A group serves one stream at a
+time: its counters are its own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 CHUNK = 512  # inputs of a producer of z
 LISTING = 1024  # channels of a producer of a list
@@ -33,7 +34,8 @@ TOGETHER = 128  # open channels that a consumer reads together
 
 
 @triton.jit
-def _signal(counter):
+def signal(counter):
+    """What this program stored can be read by those who see the counter go up."""
     tl.debug_barrier()  # every thread's stores come before the release
     tl.atomic_add(counter, 1, sem="release")
 
@@ -82,23 +84,19 @@ def _byte(q, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x, token, j, n, OFFSET: tl.constexpr, EVEN: tl.constexpr):
-    """x (BATCH × 1 × GROUPS × PER) at inputs j + OFFSET."""
-    place = x + token[:, None, None, None] * n + (j + OFFSET)
-    if EVEN:
-        return tl.load(place).to(tl.float32)
-    return tl.load(place, mask=j + OFFSET < n, other=0.0).to(tl.float32)
+def _inputs(spread, place, inside, size, LANE: tl.constexpr):
+    """The inputs (BATCH × 1 × GROUPS × PER) that belong to one lane of the words."""
+    return tl.load(spread + place + LANE * size, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _multiply(
-    x,
+    spread,
     codes,
     scale,
     zero,
     token,
     row,
-    n,
     blocks,
     one,
     BITS: tl.constexpr,
@@ -106,30 +104,30 @@ def _multiply(
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
-    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Q x (BATCH × ROWS) for the given tokens and rows, all of which exist. EVEN: n is a multiple of 64 GROUPS."""
+    """Q x (BATCH × ROWS) for the given tokens and rows, all of which exist. spread: see `spread`."""
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
-    words = codes.to(tl.pointer_type(tl.int32))
+    LANES: tl.constexpr = 32 // BITS
+    words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER
     word = tl.arange(0, PER)[None, None, None, :]
     total = tl.zeros((BATCH, ROWS, GROUPS), tl.float32)
-    for start in range(0, blocks, GROUPS):
+    for start in tl.range(0, blocks, GROUPS, num_stages=STAGES):
         g = start + tl.arange(0, GROUPS)
-        j = 64 * g[None, None, :, None] + 4 * word
-        if not EVEN:
-            g = tl.minimum(g, blocks - 1)  # beyond the end x is zero
-        block = row[None, :, None] * blocks + g[None, None, :]
+        block = row[None, :, None] * blocks + tl.minimum(g, blocks - 1)[None, None, :]  # beyond the end x is zero
         q = tl.load(words + block[:, :, :, None] * PER + word)
         s = tl.load(scale + block).to(tl.float32)
-        x0 = _inputs(x, token, j, n, 0, EVEN)
-        x1 = _inputs(x, token, j, n, 1, EVEN)
-        x2 = _inputs(x, token, j, n, 2, EVEN)
-        x3 = _inputs(x, token, j, n, 3, EVEN)
+        g = g[None, None, :, None]
+        place, inside = token[:, None, None, None] * (LANES * size) + g * PER + word, g < blocks
+        x0 = _inputs(spread, place, inside, size, 0)
+        x1 = _inputs(spread, place, inside, size, 1)
+        x2 = _inputs(spread, place, inside, size, 2)
+        x3 = _inputs(spread, place, inside, size, 3)
         if BITS == 4:
-            x4 = _inputs(x, token, j, n, 32, EVEN)
-            x5 = _inputs(x, token, j, n, 33, EVEN)
-            x6 = _inputs(x, token, j, n, 34, EVEN)
-            x7 = _inputs(x, token, j, n, 35, EVEN)
+            x4 = _inputs(spread, place, inside, size, 4)
+            x5 = _inputs(spread, place, inside, size, 5)
+            x6 = _inputs(spread, place, inside, size, 6)
+            x7 = _inputs(spread, place, inside, size, 7)
             low, high = (x0 + x1) + (x2 + x3), (x4 + x5) + (x6 + x7)
             v = low + high
             offset = low + 16 * high
@@ -213,6 +211,7 @@ def _gather(
 @triton.jit
 def _gemv(
     x,
+    spread,
     y,
     codes,
     scale,
@@ -242,7 +241,7 @@ def _gemv(
     BATCH: tl.constexpr,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
-    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     LISTS: tl.constexpr,
@@ -259,11 +258,11 @@ def _gemv(
     if pid < listings:
         if REFINED:
             _list(x, column, threshold, channels, scaled, counts, pid // tokens, lists, pid % tokens, n, LISTING)
-            _signal(counters)
+            signal(counters)
     elif pid < producers:
         if RANK > 0:
             _project(x, B, factor, low, pid - listings, n, tokens, rank, RANK, CHUNK)
-            _signal(counters)
+            signal(counters)
     else:
         block = pid - producers
         first = block // (32 // H) * 64 + block % (32 // H) * H
@@ -276,13 +275,12 @@ def _gemv(
         if REFINED:
             f = tl.load(row_factor + row, mask=inside, other=0.0).to(tl.float32)
         total = _multiply(
-            x,
+            spread,
             codes,
             scale,
             zero,
             tl.minimum(token, tokens - 1),
             tl.minimum(row, m - 1),
-            n,
             blocks,
             one,
             BITS,
@@ -290,7 +288,7 @@ def _gemv(
             BATCH,
             2 * H,
             GROUPS,
-            EVEN,
+            STAGES,
         )
         if RANK > 0 or REFINED:
             while tl.atomic_add(counters, 0, sem="acquire") < producers:
@@ -327,8 +325,20 @@ def _gemv(
                 tl.store(counters + 1, 0)
 
 
+def spread(x: Tensor, bits: int) -> Tensor:
+    """x (…, n) in the order in which the kernel multiplies: (tokens, lanes, ⌈n / 64⌉ 2 bits).
+
+    A word of codes has 32 / bits lanes: first the low nibbles of its bytes, then the high ones, or the bytes. All
+    words' inputs of one lane lie side by side. Apart from the kernel, so that a compiler can fuse it with what made x.
+    """
+    padded = F.pad(x.flatten(0, -2), (0, -x.shape[-1] % 64))
+    groups = padded.unflatten(-1, (-1, 8 // bits, 2 * bits, 4))  # token, group, nibble, word, byte
+    return groups.permute(0, 2, 4, 1, 3).reshape(len(padded), 32 // bits, -1).contiguous()
+
+
 def gemv(
     x: Tensor,
+    spread: Tensor,
     codes: Tensor,
     scale: Tensor,
     zero: Tensor | None,
@@ -341,7 +351,7 @@ def gemv(
     threshold: Tensor | None,
     counters: Tensor,
 ) -> Tensor:
-    """y (…, m) in the dtype of x (…, n), at most 8 tokens.
+    """y (…, m) in the dtype of x (…, n), at most 8 tokens; for spread see `spread`.
 
     The tensors are those of a `QuantizedGroup`: base (codes, scale, zero), low rank (A, B, factor; or all None) and
     refinement (plane, row, column, threshold; or all None). counters: two int32, zero.
@@ -358,9 +368,10 @@ def gemv(
     channels = x.new_empty(lists * tokens * LISTING, dtype=torch.int32)
     scaled = x.new_empty(lists * tokens * LISTING, dtype=torch.float32)
     counts = x.new_empty(lists * tokens, dtype=torch.int32)
-    H, groups, warps = tile(m)
+    H, groups, warps, stages = tile(m)
     _gemv[chunks + lists * tokens + triton.cdiv(m, 64) * (32 // H),](
         x,
+        spread,
         y,
         codes,
         scale,
@@ -390,7 +401,7 @@ def gemv(
         BATCH=triton.next_power_of_2(tokens),
         H=H,
         GROUPS=groups,
-        EVEN=n % (64 * groups) == 0,
+        STAGES=stages,
         CHUNK=CHUNK,
         CHUNKS=triton.next_power_of_2(max(1, chunks)),
         LISTS=triton.next_power_of_2(max(1, lists)),
@@ -401,6 +412,6 @@ def gemv(
     return y
 
 
-def tile(m: int) -> tuple[int, int, int]:
-    """H, groups of a row read together, and warps of a consumer, as an H100 likes them."""
-    return (16, 8, 4) if m >= 8192 else (8, 16, 8) if m >= 2048 else (4, 8, 4)
+def tile(m: int) -> tuple[int, int, int, int]:
+    """H, groups of a row read together, warps and stages of a consumer, as an H100 likes them."""
+    return (16, 8, 4, 1) if m >= 8192 else (8, 16, 8, 1) if m >= 2048 else (4, 8, 4, 1)
