@@ -38,11 +38,12 @@ def _produce(
 
 
 @triton.jit
-def _z(parts, token, tokens, c, k, chunks, CHUNKS: tl.constexpr):
-    """Columns c of z (BATCH × COLUMNS)."""
-    chunk = tl.arange(0, CHUNKS)[:, None, None]
-    at = (chunk * tokens + token[:, None]) * k + c
-    return tl.sum(tl.load(parts + at, mask=(chunk < chunks) & (c < k), other=0.0, cache_modifier=".cg"), 0)
+def _z(parts, token, tokens, c, k, CHUNKS: tl.constexpr):
+    """Columns c of z (BATCH × 1 × RANKS)."""
+    z = tl.load(parts + token * k + c, mask=c < k, other=0.0, cache_modifier=".cg")
+    for chunk in tl.static_range(1, CHUNKS):
+        z += tl.load(parts + (chunk * tokens + token) * k + c, mask=c < k, other=0.0, cache_modifier=".cg")
+    return z
 
 
 @triton.jit
@@ -59,7 +60,6 @@ def _gated(
     m,
     n,
     k,
-    chunks,
     eps,
     GATED: tl.constexpr,
     ALWAYS: tl.constexpr,
@@ -70,43 +70,45 @@ def _gated(
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    pid, producers = tl.program_id(0), tl.cdiv(k, PRODUCED) * chunks
+    pid, producers = tl.program_id(0), tl.cdiv(k, PRODUCED) * CHUNKS
     if pid < producers:
-        _produce(x, B, parts, norms, pid // chunks, pid % chunks, tokens, n, k, GATED, PRODUCED, CHUNK)
+        _produce(x, B, parts, norms, pid // CHUNKS, pid % CHUNKS, tokens, n, k, GATED, PRODUCED, CHUNK)
         signal(counters)
     else:
-        row, c = (pid - producers) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANKS)
-        token = tl.minimum(tl.arange(0, BATCH), tokens - 1)
-        inside = (row < m)[:, None]
-        a = tl.load(A + row[:, None] * k + c, mask=inside & (c < k), other=0.0)
+        row = ((pid - producers) * ROWS + tl.arange(0, ROWS))[None, :, None]
+        token = tl.minimum(tl.arange(0, BATCH), tokens - 1)[:, None, None]
+        c = tl.arange(0, RANKS)[None, None, :]
+        a = tl.load(A + row * k + c, mask=(row < m) & (c < k), other=0.0)
         while tl.atomic_add(counters, 0, sem="acquire") < producers:
             pass
-        z = _z(parts, token, tokens, c, k, chunks, CHUNKS)
-        total = a.to(tl.float32)[None] * z[:, None, :]
-        seen = z * z
+        z = _z(parts, token, tokens, c, k, CHUNKS)
+        total, seen = a.to(tl.float32) * z, z * z
         for start in range(RANKS, k, RANKS):
-            c = start + tl.arange(0, RANKS)
-            a = tl.load(A + row[:, None] * k + c, mask=inside & (c < k), other=0.0)
-            z = _z(parts, token, tokens, c, k, chunks, CHUNKS)
-            total += a.to(tl.float32)[None] * z[:, None, :]
+            c = start + tl.arange(0, RANKS)[None, None, :]
+            a = tl.load(A + row * k + c, mask=(row < m) & (c < k), other=0.0)
+            z = _z(parts, token, tokens, c, k, CHUNKS)
+            total += a.to(tl.float32) * z
             seen += z * z
         result = tl.sum(total, 2)
         if GATED:
-            chunk = tl.arange(0, CHUNKS)[:, None]
-            parts_of = tl.load(norms + chunk * tokens + token, mask=chunk < chunks, other=0.0, cache_modifier=".cg")
-            norm = tl.sum(parts_of, 0)
-            fire = norm - tl.sum(seen, 1) > eps * eps * norm
+            norm = tl.load(norms + token, cache_modifier=".cg")
+            for chunk in tl.static_range(1, CHUNKS):
+                norm += tl.load(norms + chunk * tokens + token, cache_modifier=".cg")
+            norm = tl.sum(norm, 2)  # (BATCH, 1)
+            fire = norm - tl.sum(seen, 2) > eps * eps * norm
             if ALWAYS:
                 fire = norm > 0
-            if tl.max(fire.to(tl.int32), 0) > 0:
+            if tl.max(tl.sum(fire.to(tl.int32), 1), 0) > 0:
                 whole = tl.zeros((BATCH, ROWS, COLUMNS), tl.float32)
-                for start in range(0, n, COLUMNS):
-                    j = start + tl.arange(0, COLUMNS)
-                    w = tl.load(W + row[:, None] * n + j, mask=inside & (j < n), other=0.0)
-                    v = tl.load(x + token[:, None] * n + j, mask=j < n, other=0.0).to(tl.float32)
-                    whole += w.to(tl.float32)[None] * v[:, None, :]
-                result = tl.where(fire[:, None], tl.sum(whole, 2), result)
+                for start in tl.range(0, n, COLUMNS, num_stages=STAGES):
+                    j = start + tl.arange(0, COLUMNS)[None, None, :]
+                    w = tl.load(W + row * n + j, mask=(row < m) & (j < n), other=0.0)
+                    v = tl.load(x + token * n + j, mask=j < n, other=0.0)
+                    whole += w.to(tl.float32) * v.to(tl.float32)
+                result = tl.where(fire, tl.sum(whole, 2), result)
+        row = (pid - producers) * ROWS + tl.arange(0, ROWS)
         place, known = tl.arange(0, BATCH)[:, None], (tl.arange(0, BATCH) < tokens)[:, None]
         tl.store(y + place * m + row, result.to(y.dtype.element_ty), mask=known & (row < m))
         if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tl.num_programs(0) - producers - 1:
@@ -128,7 +130,7 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float, counters
     x = x.contiguous()
     (m, k), n, tokens = A.shape, x.shape[-1], x.numel() // x.shape[-1]
     batch = triton.next_power_of_2(tokens)
-    tile, rows, ranks, columns, warps = TILES(m, n, k, batch)
+    tile, rows, ranks, columns, warps, stages = TILES(m, n, k, batch)
     chunk = min(CHUNK, triton.next_power_of_2(n))
     chunks, produced = triton.cdiv(n, chunk), max(1, tile // chunk)
     y = x.new_empty((*x.shape[:-1], m))
@@ -147,21 +149,21 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float, counters
         m,
         n,
         k,
-        chunks,
         float(eps),
         GATED=W is not None,
         ALWAYS=eps <= 0,
         BATCH=batch,
         PRODUCED=produced,
         CHUNK=chunk,
-        CHUNKS=triton.next_power_of_2(chunks),
+        CHUNKS=chunks,
         ROWS=rows,
         RANKS=ranks,
         COLUMNS=columns,
+        STAGES=stages,
         num_warps=warps,
     )
     return y
 
 
 def TILES(m, n, k, batch):
-    return 8192, max(4, 32 // batch), 256, 128, 8
+    return 8192, max(4, 32 // batch), 256, 128, 8, 1

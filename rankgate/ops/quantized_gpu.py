@@ -85,7 +85,7 @@ def _byte(q, SHIFT: tl.constexpr):
 
 @triton.jit
 def _inputs(spread, place, inside, size, LANE: tl.constexpr):
-    """The inputs (BATCH × 1 × GROUPS × PER) that belong to one lane of the words."""
+    """The inputs (BATCH × 1 × WORDS) that belong to one lane of the words."""
     return tl.load(spread + place + LANE * size, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -109,16 +109,16 @@ def _multiply(
     """Q x (BATCH × ROWS) for the given tokens and rows, all of which exist. spread: see `spread`."""
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
     LANES: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = GROUPS * PER
     words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER
-    word = tl.arange(0, PER)[None, None, None, :]
+    token, row = token[:, None, None], row[None, :, None]
     total = tl.zeros((BATCH, ROWS, GROUPS), tl.float32)
     for start in tl.range(0, blocks, GROUPS, num_stages=STAGES):
-        g = start + tl.arange(0, GROUPS)
-        block = row[None, :, None] * blocks + tl.minimum(g, blocks - 1)[None, None, :]  # beyond the end x is zero
-        q = tl.load(words + block[:, :, :, None] * PER + word)
+        w = start * PER + tl.arange(0, WORDS)[None, None, :]
+        q = tl.load(words + row * size + w, mask=w < size, other=0)
+        block = row * blocks + tl.minimum(start + tl.arange(0, GROUPS), blocks - 1)[None, None, :]
         s = tl.load(scale + block).to(tl.float32)
-        g = g[None, None, :, None]
-        place, inside = token[:, None, None, None] * (LANES * size) + g * PER + word, g < blocks
+        place, inside = token * (LANES * size) + w, w < size
         x0 = _inputs(spread, place, inside, size, 0)
         x1 = _inputs(spread, place, inside, size, 1)
         x2 = _inputs(spread, place, inside, size, 2)
@@ -147,12 +147,12 @@ def _multiply(
             q = q ^ -2139062144  # 0x80808080
             v = (x0 + x1) + (x2 + x3)
             y = _byte(q, 0) * x0 + _byte(q, 8) * x1 + _byte(q, 16) * x2 + _byte(q, 24) * x3
-        y = tl.sum(y, 3)
+        y = tl.sum(tl.reshape(y, (BATCH, ROWS, GROUPS, PER)), 3)
         if ZERO:
             z = tl.load(zero + block).to(tl.float32)
             if BITS == 4:
                 z /= 128
-            y -= z * tl.sum(v, 3)
+            y -= z * tl.sum(tl.reshape(v, (BATCH, 1, GROUPS, PER)), 3)
         total += s * y
     return tl.sum(total, 2)
 
