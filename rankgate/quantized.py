@@ -221,9 +221,9 @@ class QuantizedGroup(InputGroup[Tensor]):
         return self._table.ctypes.data
 
     def counters(self, device: torch.device) -> Tensor:
-        """Two int32 by which the programs of a kernel wait for each other; zero before and after every launch."""
+        """Three int32 by which the programs of a kernel wait for each other; zero before and after every launch."""
         if self._counters is None or self._counters.device != device:
-            self._counters = torch.zeros(2, dtype=torch.int32, device=device)
+            self._counters = torch.zeros(3, dtype=torch.int32, device=device)
         return self._counters
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedGroup:

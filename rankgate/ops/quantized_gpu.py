@@ -1,14 +1,14 @@
 """One launch per token for a quantised input group on the GPU (Triton): the contract of `QuantizedGroup.reference`.
 
-The work is cut into programs of two kinds. What every row of the output needs, the low-rank projection z = s · B x and
-the list of open channels, comes first in the grid (*producers*, which the hardware starts first) and goes to a scratch.
-The rest (*consumers*) multiply their rows of Q; by the time they are through, the producers are. They wait on a
-counter, add A z and the columns of E that are on the list, and the last of them sets the counters back to zero. One
-launch, no host in between: capturable in a CUDA graph.
+The work is cut into programs of three kinds, which the hardware starts in this order; each kind leaves its results in a
+scratch and counts itself off, and the next one waits for the count.
 
-    producers    z:  CHUNK inputs of B, all ranks, all tokens
-                 E:  for LISTING channels of one token, those that are open, and x_j column_j of each
-    consumers    H rows, and the H rows 32 further down, whose codes in E are the other nibbles of the same bytes
+    producers      z:  CHUNK inputs of B, all ranks, all tokens
+                   E:  for LISTING channels of one token, those that are open, and x_j column_j of each
+    refiners       A z and the open columns of E in some of the lists, for one token and a strip of 128 rows
+    multipliers    a few rows of Q; they add what the refiners have long found, so that nothing waits in fact
+
+The last multiplier sets the counters back to zero. No host in between: capturable in a CUDA graph.
 
 Codes become floats without conversions: under the exponent of 1, a nibble at bit 16 is 1 + q / 128, one at bit 12 is
 1 + q / 2048. So
@@ -30,7 +30,8 @@ from torch.nn import functional as F
 CHUNK = 512  # inputs of a producer of z
 LISTING = 1024  # channels of a producer of a list
 ONE = 0x3F800000  # float32 1, an argument because the compiler moves constants to a register for every word
-TOGETHER = 128  # open channels that a consumer reads together
+REFINERS = 192  # of one token, about, where there are lists enough; more of them would delay the multipliers
+TOGETHER = 64  # open channels that a refiner reads together
 
 
 @triton.jit
@@ -169,32 +170,30 @@ def _gather(
     channels,
     scaled,
     counts,
-    lists,
-    token,
     first,
+    lists,
     stride,
-    H: tl.constexpr,
     LISTS: tl.constexpr,
     LISTING: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """Σ over the open channels of one token of the codes of E times x_j column_j: H low, then H high nibbles.
+    """Σ over the open channels of some lists, from the first, of the codes of 128 rows of E times x_j column_j.
 
-    plane: int32; the codes of channel j are the H / 4 words at first + j stride.
+    plane: int32; the codes of channel j are the `stride` words at j stride: 16, or 8 where only 64 rows are left.
     """
-    w, every = tl.arange(0, H // 4), tl.arange(0, LISTS)
-    count = tl.load(counts + token * lists + every, mask=every < lists, other=0, cache_modifier=".cg")
+    w, every = tl.arange(0, 16), tl.arange(0, LISTS)
+    count = tl.load(counts + first + every, mask=every < lists, other=0, cache_modifier=".cg")
     end = tl.cumsum(count, 0)
-    a = tl.zeros((TOGETHER, H // 4), tl.float32)
+    a = tl.zeros((TOGETHER, 16), tl.float32)
     b, c, d, e, f, g, h = a, a, a, a, a, a, a
     for start in range(0, tl.sum(count, 0), TOGETHER):
         i = start + tl.arange(0, TOGETHER)  # among all lists, one after the other
         passed = end[None, :] <= i[:, None]
         listing, skipped = tl.sum(passed.to(tl.int32), 1), tl.sum(tl.where(passed, count[None, :], 0), 1)
-        place, known = (token * lists + listing) * LISTING + i - skipped, listing < LISTS
+        place, known = (first + listing) * LISTING + i - skipped, listing < LISTS
         j = tl.load(channels + place, mask=known, other=0, cache_modifier=".cg")
         v = tl.load(scaled + place, mask=known, other=0.0, cache_modifier=".cg")[:, None]
-        q = tl.load(plane + first + j[:, None] * stride + w)
+        q = tl.load(plane + j[:, None] * stride + w, mask=(w < stride)[None, :], other=0)
         a += _code(q, 0) * v
         b += _code(q, 8) * v
         c += _code(q, 16) * v
@@ -204,8 +203,59 @@ def _gather(
         g += _code(q, 20) * v
         h += _code(q, 28) * v
     low, high = tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h))
-    total = tl.sum(tl.join(low, high), 0)  # (words, byte & 1, byte >> 1, nibble)
-    return tl.reshape(tl.permute(total, (3, 0, 2, 1)), (2 * H,))
+    total = tl.reshape(tl.sum(tl.join(low, high), 0), (2, 8, 2, 2, 2))  # half, word, byte & 1, byte >> 1, nibble
+    return tl.reshape(tl.permute(total, (0, 4, 1, 3, 2)), (128,))
+
+
+@triton.jit
+def _refine(
+    A,
+    low,
+    plane,
+    row_factor,
+    channels,
+    scaled,
+    counts,
+    extra,
+    strip,
+    part,
+    projections,
+    lists,
+    token,
+    tokens,
+    m,
+    n,
+    rank,
+    RANK: tl.constexpr,
+    REFINED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LISTS: tl.constexpr,
+    LISTING: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """extra[part, token, row] = the open columns of E in some lists (and A z in part 0), for a strip of 128 rows."""
+    row = strip * 128 + tl.arange(0, 128)
+    total = tl.zeros((128,), tl.float32)
+    if RANK > 0:
+        if part == 0:
+            chunk, r = tl.arange(0, CHUNKS), tl.arange(0, RANK)
+            a = tl.load(A + row[:, None] * rank + r, mask=(row < m)[:, None] & (r < rank), other=0).to(tl.float32)
+            at = (chunk[:, None] * tokens + token) * RANK + r
+            z = tl.load(low + at, mask=(chunk < projections)[:, None], other=0.0, cache_modifier=".cg")
+            total += tl.sum(a * tl.sum(z, 0)[None, :], 1)
+    if REFINED:
+        stride = tl.where(strip * 128 + 128 <= tl.cdiv(m, 64) * 64, 16, 8)
+        here = plane.to(tl.pointer_type(tl.int32)) + strip * 16 * n
+        first, some = part * LISTS, tl.minimum(LISTS, lists - part * LISTS)
+        e = _gather(here, channels, scaled, counts, token * lists + first, some, stride, LISTS, LISTING, TOGETHER)
+        total += tl.load(row_factor + row, mask=row < m, other=0.0).to(tl.float32) * e
+    tl.store(extra + (part * tokens + token) * m + row, total, mask=row < m)
+
+
+@triton.jit
+def _await(counter, count):
+    while tl.atomic_add(counter, 0, sem="acquire") < count:
+        pass
 
 
 @triton.jit
@@ -229,6 +279,7 @@ def _gemv(
     channels,
     scaled,
     counts,
+    extra,
     tokens,
     m,
     n,
@@ -239,22 +290,25 @@ def _gemv(
     RANK: tl.constexpr,
     REFINED: tl.constexpr,
     BATCH: tl.constexpr,
-    H: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PARTS: tl.constexpr,
     LISTS: tl.constexpr,
     LISTING: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
     pid, lists = tl.program_id(0), tl.cdiv(n, LISTING)
-    projections, listings = 0, 0
+    projections, listings, refiners = 0, 0, 0
     if RANK > 0:
         projections = tl.cdiv(n, CHUNK)
     if REFINED:
         listings = lists * tokens
     producers = projections + listings
+    if RANK > 0 or REFINED:
+        refiners = tl.cdiv(m, 128) * tokens * PARTS
     if pid < listings:
         if REFINED:
             _list(x, column, threshold, channels, scaled, counts, pid // tokens, lists, pid % tokens, n, LISTING)
@@ -263,66 +317,66 @@ def _gemv(
         if RANK > 0:
             _project(x, B, factor, low, pid - listings, n, tokens, rank, RANK, CHUNK)
             signal(counters)
+    elif pid < producers + refiners:
+        if RANK > 0 or REFINED:
+            _await(counters, producers)
+            strip, part = (pid - producers) // (tokens * PARTS), (pid - producers) // tokens % PARTS
+            _refine(
+                A,
+                low,
+                plane,
+                row_factor,
+                channels,
+                scaled,
+                counts,
+                extra,
+                strip,
+                part,
+                projections,
+                lists,
+                (pid - producers) % tokens,
+                tokens,
+                m,
+                n,
+                rank,
+                RANK,
+                REFINED,
+                CHUNKS,
+                LISTS,
+                LISTING,
+                TOGETHER,
+            )
+            signal(counters + 1)
     else:
-        block = pid - producers
-        first = block // (32 // H) * 64 + block % (32 // H) * H
-        i = tl.arange(0, 2 * H)
-        row, token = first + i % H + 32 * (i // H), tl.arange(0, BATCH)
-        inside, known = row < m, token < tokens
-        if RANK > 0:
-            part, r = tl.arange(0, CHUNKS), tl.arange(0, RANK)
-            a = tl.load(A + row[:, None] * rank + r, mask=inside[:, None] & (r < rank), other=0)
-        if REFINED:
-            f = tl.load(row_factor + row, mask=inside, other=0.0).to(tl.float32)
+        first = pid - producers - refiners
+        row, batch = first * ROWS + tl.arange(0, ROWS), tl.arange(0, BATCH)
         total = _multiply(
             spread,
             codes,
             scale,
             zero,
-            tl.minimum(token, tokens - 1),
+            tl.minimum(batch, tokens - 1),
             tl.minimum(row, m - 1),
             blocks,
             one,
             BITS,
             ZERO,
             BATCH,
-            2 * H,
+            ROWS,
             GROUPS,
             STAGES,
         )
+        place, inside = batch[:, None] * m + row, (batch < tokens)[:, None] & (row < m)
         if RANK > 0 or REFINED:
-            while tl.atomic_add(counters, 0, sem="acquire") < producers:
-                pass
-        if RANK > 0:
-            at = (part[:, None, None] * tokens + token[:, None]) * RANK + r
-            there = (part < projections)[:, None, None] & known[:, None]
-            z = tl.sum(tl.load(low + at, mask=there, other=0.0, cache_modifier=".cg"), 0)
-            total += tl.sum(a.to(tl.float32)[None] * z[:, None, :], 2)
-        if REFINED:
-            # words of a column of its strip of 128 rows, or of the 64 rows that may remain
-            stride = tl.where(first // 128 * 128 + 128 <= tl.cdiv(m, 64) * 64, 16, 8)
-            word = first // 128 * 16 * n + first % 128 // 64 * 8 + first % 32 // 4
-            for t in range(tokens):
-                e = _gather(
-                    plane.to(tl.pointer_type(tl.int32)),
-                    channels,
-                    scaled,
-                    counts,
-                    lists,
-                    t,
-                    word,
-                    stride,
-                    H,
-                    LISTS,
-                    LISTING,
-                    TOGETHER,
-                )
-                total += tl.where((token == t)[:, None], (f * e)[None, :], 0.0)
-        tl.store(y + token[:, None] * m + row, total.to(y.dtype.element_ty), mask=known[:, None] & inside)
+            _await(counters + 1, refiners)
+            for part in tl.static_range(PARTS):
+                total += tl.load(extra + part * tokens * m + place, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(y + place, total.to(y.dtype.element_ty), mask=inside)
         if RANK > 0 or REFINED:
-            if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tl.num_programs(0) - producers - 1:
+            if tl.atomic_add(counters + 2, 1, sem="acq_rel") == tl.num_programs(0) - producers - refiners - 1:
                 tl.store(counters, 0)
                 tl.store(counters + 1, 0)
+                tl.store(counters + 2, 0)
 
 
 def spread(x: Tensor, bits: int) -> Tensor:
@@ -354,7 +408,7 @@ def gemv(
     """y (…, m) in the dtype of x (…, n), at most 8 tokens; for spread see `spread`.
 
     The tensors are those of a `QuantizedGroup`: base (codes, scale, zero), low rank (A, B, factor; or all None) and
-    refinement (plane, row, column, threshold; or all None). counters: two int32, zero.
+    refinement (plane, row, column, threshold; or all None). counters: three int32, zero.
     """
     x = x.contiguous()
     m, n, tokens = len(codes), x.shape[-1], x.numel() // x.shape[-1]
@@ -368,8 +422,13 @@ def gemv(
     channels = x.new_empty(lists * tokens * LISTING, dtype=torch.int32)
     scaled = x.new_empty(lists * tokens * LISTING, dtype=torch.float32)
     counts = x.new_empty(lists * tokens, dtype=torch.int32)
-    H, groups, warps, stages = tile(m)
-    _gemv[chunks + lists * tokens + triton.cdiv(m, 64) * (32 // H),](
+    strips = triton.cdiv(m, 128)
+    some = triton.next_power_of_2(triton.cdiv(max(1, lists), max(1, REFINERS // strips)))  # lists of a refiner
+    parts = triton.cdiv(max(1, lists), some) if rank or lists else 0
+    refiners = strips * tokens * parts
+    extra = x.new_empty(parts * tokens * m, dtype=torch.float32)
+    rows, groups, warps, stages = tile(m)
+    _gemv[chunks + lists * tokens + refiners + triton.cdiv(m, rows),](
         x,
         spread,
         y,
@@ -389,6 +448,7 @@ def gemv(
         channels,
         scaled,
         counts,
+        extra,
         tokens,
         m,
         n,
@@ -399,12 +459,13 @@ def gemv(
         RANK=padded_rank,
         REFINED=plane is not None,
         BATCH=triton.next_power_of_2(tokens),
-        H=H,
+        ROWS=rows,
         GROUPS=groups,
         STAGES=stages,
         CHUNK=CHUNK,
         CHUNKS=triton.next_power_of_2(max(1, chunks)),
-        LISTS=triton.next_power_of_2(max(1, lists)),
+        PARTS=max(1, parts),
+        LISTS=some,
         LISTING=LISTING,
         TOGETHER=TOGETHER,
         num_warps=warps,
@@ -413,5 +474,7 @@ def gemv(
 
 
 def tile(m: int) -> tuple[int, int, int, int]:
-    """H, groups of a row read together, warps and stages of a consumer, as an H100 likes them."""
-    return (16, 8, 4, 1) if m >= 8192 else (8, 16, 8, 1) if m >= 2048 else (4, 8, 4, 1)
+    """Rows and groups that a multiplier reads together, its warps and stages, as an H100 likes them."""
+    return (
+        (64, 8, 4, 3) if m >= 16384 else (32, 8, 4, 3) if m >= 8192 else (16, 16, 8, 1) if m >= 2048 else (8, 8, 4, 1)
+    )
