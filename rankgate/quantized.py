@@ -172,7 +172,6 @@ class QuantizedGroup(InputGroup[Tensor]):
         self.base, self.low_rank, self.refinement = base, low_rank, refinement
         self._table: np.ndarray | None = None  # once made it stays where it is: captured steps keep its address
         self._moved = True
-        self._counters: Tensor | None = None
 
     @classmethod
     def empty(cls, m: int, n: int, bits: int, symmetric: bool, *, rank: int, refined: bool) -> QuantizedGroup:
@@ -220,12 +219,6 @@ class QuantizedGroup(InputGroup[Tensor]):
         self._moved = False
         return self._table.ctypes.data
 
-    def counters(self, device: torch.device) -> Tensor:
-        """Three int32 by which the programs of a kernel wait for each other; zero before and after every launch."""
-        if self._counters is None or self._counters.device != device:
-            self._counters = torch.zeros(3, dtype=torch.int32, device=device)
-        return self._counters
-
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedGroup:
         self._moved = True
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -236,7 +229,7 @@ class QuantizedGroup(InputGroup[Tensor]):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_table": None, "_counters": None}
+        return {**super().__getstate__(), "_table": None}
 
     def extra_repr(self) -> str:
         rank = self.low_rank.rank if self.low_rank else 0

@@ -48,8 +48,8 @@ _library.impl("quantized_gemv", _gemv, "CPU")
 _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
 _library.define(
     "quantized_gemv_gpu(Tensor x, Tensor spread, Tensor codes, Tensor scale, Tensor? zero, "
-    "Tensor? A, Tensor? B, Tensor? factor, Tensor? plane, Tensor? row, Tensor? column, Tensor? threshold, "
-    "Tensor counters) -> Tensor"
+    "Tensor? A, Tensor? B, Tensor? factor, Tensor? plane, Tensor? row, Tensor? column, Tensor? threshold) -> "
+    "Tensor"
 )
 _library.impl("quantized_gemv_gpu", _gemv_gpu, "CUDA")
 _library.impl("quantized_gemv_gpu", lambda x, spread, codes, *_: x.new_empty((*x.shape[:-1], len(codes))), "Meta")
@@ -83,7 +83,6 @@ def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
             *(group.base.codes, group.base.scale, group.base.zero),
             *((None,) * 3 if low is None else (low.A, low.B, low.scale)),
             *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),
-            group.counters(x.device),
         )
         return y
     return group.reference(x)

@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankgate.ops.quantized_gpu import overlaps
+
 CHUNK = 4096  # inputs of a program of `_project`, at most
-TILE = 8192  # weights of it
-RANKS = 256  # columns of A that a program of `_combine` reads together
-COLUMNS = 128  # the same of W
-HOPPER = 9  # compute capability from which a launch can overlap with the one before
+COLUMNS = 128  # of W that a program of `_combine` reads together
 
 
 @triton.jit
@@ -136,11 +135,12 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tenso
     (m, k), n, tokens = A.shape, x.shape[-1], x.numel() // x.shape[-1]
     chunk = min(CHUNK, triton.next_power_of_2(n))
     chunks, batch = triton.cdiv(n, chunk), triton.next_power_of_2(tokens)
-    overlap = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= HOPPER
+    overlap = overlaps(x.device)
     y = x.new_empty((*x.shape[:-1], m))
     parts = x.new_empty(chunks * tokens * k, dtype=torch.float32)
     norms = x.new_empty(chunks * tokens, dtype=torch.float32)
-    produced = max(1, TILE // chunk)
+    weights, project_warps, rows, ranks, warps, stages = _tiles(m, n, W is not None)
+    produced, rows = max(1, weights // chunk), max(4, rows // batch)
     _project[triton.cdiv(k, produced) * chunks,](
         x,
         B,
@@ -154,10 +154,8 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tenso
         CHUNK=chunk,
         CHUNKS=chunks,
         OVERLAP=overlap,
-        num_warps=PW,
+        num_warps=project_warps,
     )
-    rows, ranks, columns, warps, stages = tile(m, k, W is not None)
-    rows = max(4, rows // batch)
     _combine[triton.cdiv(m, rows),](
         x,
         y,
@@ -176,7 +174,7 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tenso
         CHUNKS=chunks,
         ROWS=rows,
         RANKS=ranks,
-        COLUMNS=columns,
+        COLUMNS=COLUMNS,
         STAGES=stages,
         OVERLAP=overlap,
         num_warps=warps,
@@ -185,8 +183,8 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tenso
     return y
 
 
-PW = 8
-
-
-def tile(m, k, gated):
-    return 32, 256, 128, 8, 4
+def _tiles(m: int, n: int, gated: bool) -> tuple[int, int, int, int, int, int]:
+    """What an H100 likes: weights and warps of a program of `_project`; rows, columns of A, warps, stages of `_combine`."""
+    if not gated:
+        return 8192, 4, 64, 256, 16, 1
+    return (4096, 4, 32, 128, 8, 4) if m >= n else (8192, 8, 32, 256, 16, 4)
