@@ -23,6 +23,7 @@ from rankgate.ops.quantized_gpu import overlaps
 
 CHUNK = 4096  # inputs of a program of `_project`, at most
 COLUMNS = 128  # of W that a program of `_combine` reads together
+UNROLL = 4  # how many times that, so that enough loads are under way
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _combine(
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
@@ -94,7 +95,7 @@ def _combine(
         tl.extra.cuda.gdc_wait()
     z = _z(parts, token, tokens, c, k, CHUNKS)
     total, seen = a.to(tl.float32) * z, z * z
-    for start in tl.range(RANKS, k, RANKS, num_stages=STAGES):
+    for start in range(RANKS, k, RANKS):
         c = start + tl.arange(0, RANKS)[None, None, :]
         a = tl.load(A + row * k + c, mask=(row < m) & (c < k), other=0.0)
         z = _z(parts, token, tokens, c, k, CHUNKS)
@@ -111,7 +112,7 @@ def _combine(
             fire = norm > 0
         if tl.max(tl.sum(fire.to(tl.int32), 1), 0) > 0:
             whole = tl.zeros((BATCH, ROWS, COLUMNS), tl.float32)
-            for start in tl.range(0, n, COLUMNS, num_stages=STAGES):
+            for start in tl.range(0, n, COLUMNS, num_stages=1, loop_unroll_factor=UNROLL):
                 j = start + tl.arange(0, COLUMNS)[None, None, :]
                 w = tl.load(W + row * n + j, mask=(row < m) & (j < n), other=0.0)
                 v = tl.load(x + token * n + j, mask=j < n, other=0.0)
@@ -139,7 +140,7 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tenso
     y = x.new_empty((*x.shape[:-1], m))
     parts = x.new_empty(chunks * tokens * k, dtype=torch.float32)
     norms = x.new_empty(chunks * tokens, dtype=torch.float32)
-    weights, project_warps, rows, ranks, warps, stages = _tiles(m, n, W is not None)
+    weights, project_warps, rows, ranks, warps = _tiles(m, n, W is not None)
     produced, rows = max(1, weights // chunk), max(4, rows // batch)
     _project[triton.cdiv(k, produced) * chunks,](
         x,
@@ -175,7 +176,7 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tenso
         ROWS=rows,
         RANKS=ranks,
         COLUMNS=COLUMNS,
-        STAGES=stages,
+        UNROLL=UNROLL,
         OVERLAP=overlap,
         num_warps=warps,
         launch_pdl=overlap,
@@ -183,8 +184,8 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tenso
     return y
 
 
-def _tiles(m: int, n: int, gated: bool) -> tuple[int, int, int, int, int, int]:
-    """What an H100 likes: weights and warps of a program of `_project`; rows, columns of A, warps, stages of `_combine`."""
+def _tiles(m: int, n: int, gated: bool) -> tuple[int, int, int, int, int]:
+    """What an H100 likes: weights and warps of a program of `_project`; rows, columns of A and warps of `_combine`."""
     if not gated:
-        return 8192, 4, 64, 256, 16, 1
-    return (4096, 4, 32, 128, 8, 4) if m >= n else (8192, 8, 32, 256, 16, 4)
+        return 8192, 4, 64, 256, 16
+    return (4096, 4, 32, 128, 8) if m >= n else (8192, 8, 32, 256, 16)

@@ -229,7 +229,6 @@ def _multiply(
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
-    STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -241,7 +240,7 @@ def _multiply(
     batch, rows = tl.arange(0, BATCH)[:, None], tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, row = tl.minimum(batch, tokens - 1)[:, :, None], tl.minimum(rows, m - 1)[None, :, None]
     total = tl.zeros((BATCH, ROWS, GROUPS), tl.float32)
-    for start in tl.range(0, blocks, GROUPS, num_stages=STAGES):
+    for start in range(0, blocks, GROUPS):
         w = start * PER + tl.arange(0, WORDS)[None, None, :]
         q = tl.load(words + row * size + w, mask=w < size, other=0)
         block = row * blocks + tl.minimum(start + tl.arange(0, GROUPS), blocks - 1)[None, None, :]
@@ -355,15 +354,15 @@ def gemv(
             launch_pdl=overlap,
             **common,
         )
-    rows, groups, warps, stages = tile(m)
+    batch = triton.next_power_of_2(tokens)
+    rows, groups, warps = _tiles(m, n, batch)
     _multiply[triton.cdiv(m, rows),](
         *(spread, y, codes, scale, zero, extra, tokens, m, scale.shape[1], ONE),
         BITS=4 if codes.dtype == torch.uint8 else 8,
         ZERO=zero is not None,
-        BATCH=triton.next_power_of_2(tokens),
+        BATCH=batch,
         ROWS=rows,
         GROUPS=groups,
-        STAGES=stages,
         PARTS=parts,
         OVERLAP=overlap,
         num_warps=warps,
@@ -377,8 +376,12 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
 
 
-def tile(m: int) -> tuple[int, int, int, int]:
-    """Rows and groups that a multiplier reads together, its warps and stages, as an H100 likes them."""
-    return (
-        (64, 8, 4, 3) if m >= 16384 else (32, 8, 4, 3) if m >= 8192 else (16, 16, 8, 1) if m >= 2048 else (8, 8, 4, 1)
-    )
+def _tiles(m: int, n: int, batch: int) -> tuple[int, int, int]:
+    """Rows and groups that a program of `_multiply` reads together, and its warps, as an H100 likes them."""
+    if m >= 8192:
+        rows, groups, warps = 64 if m >= 16384 else 32, 8, 4
+    elif m >= 2048:
+        rows, groups, warps = 16, 32 if n >= 8192 else 16, 16 if n >= 8192 else 8
+    else:
+        rows, groups, warps = 8, 8, 4
+    return max(8, rows // batch), groups, warps
