@@ -6,7 +6,8 @@ For each input group (see `groups`), over all calibration tokens x (n values eac
 
 Its top eigenvectors are the subspace that keeps most of ‖x‖², and W C Wᵀ is the second moment of the layer's outputs.
 Accumulated in float32 (float64 for a float64 model) while the model runs. Memory is one n × n matrix per group,
-whatever the number of tokens. C is symmetric, so only the blocks on and above its diagonal are multiplied. The output
+whatever the number of tokens; of a model on a GPU these matrices go to main memory, and the text is read as many times
+as it takes to keep those under way within a tenth of the weights. C is symmetric, so only the blocks on and above its diagonal are multiplied. The output
 embedding is not run: its input is not needed. Of the activations themselves, a sample of at most 256 tokens is kept,
 evenly spread over the text: what gates are calibrated on.
 
@@ -26,7 +27,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ FORMAT = "rankgate-stats-2"
 SYRK_BLOCKS = 4
 SAMPLE = 256  # tokens kept per group
 SENSITIVITY_TOKENS = 2048
+SHARE = 0.1  # of a GPU's weights that the second moments of one pass may take
 PIECE = 128  # of them at a time: what a backward pass keeps grows with the length
 
 
@@ -65,6 +67,13 @@ class GroupStats:
     sample: Tensor
     sensitivity: Tensor | None = None
     _eigen: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def to(self, device: torch.device) -> GroupStats:
+        """These statistics on `device`: themselves if they are there."""
+        if self.C.device == device:
+            return self
+        sensitivity = None if self.sensitivity is None else self.sensitivity.to(device)
+        return replace(self, C=self.C.to(device), sample=self.sample.to(device), sensitivity=sensitivity, _eigen=None)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of C (n, descending, ≥ 0) and eigenvectors as columns (n × n). Computed once."""
@@ -157,13 +166,36 @@ def calibrate(
     members = input_groups(model)
     fisher = measure_sensitivity(model, members, windows, progress=progress) if sensitivity else {}
     stride = sample_stride(windows)
-    with accumulate(model, members, stride) as groups, torch.inference_mode(), evaluation_mode(model):
-        for batch in track(windows.split(batch_size), "calibrating", enabled=progress):
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    for group in groups:
-        finish(group)
-        group.sensitivity = fisher.get(group.members)
+    groups = []
+    passes = split_passes(model, members)
+    for number, some in enumerate(passes, 1):
+        label = f"calibrating {number}/{len(passes)}" if len(passes) > 1 else "calibrating"
+        with accumulate(model, some, stride) as gathered, torch.inference_mode(), evaluation_mode(model):
+            for batch in track(windows.split(batch_size), label, enabled=progress):
+                model.base_model(input_ids=batch.to(model.device), use_cache=False)
+        for group in gathered:
+            finish(group)
+            group.C, group.sample = group.C.cpu(), group.sample.cpu()
+            if group.members in fisher:
+                group.sensitivity = fisher[group.members].cpu()
+        groups += gathered
     return Stats(groups, digest, windows.numel(), run_hashes(windows))
+
+
+def split_passes(model: PreTrainedModel, members: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+    """The groups whose second moments are accumulated in one pass over the text: on the CPU all of them."""
+    if model.device.type == "cpu":
+        return [members]
+    modules, passes, taken = linears(model), [], math.inf
+    budget = SHARE * sum(p.numel() * p.element_size() for p in model.parameters())
+    for names in members:
+        size = 4 * shape(modules[names[0]])[1] ** 2
+        if taken + size > budget:
+            passes.append([])
+            taken = 0
+        passes[-1].append(names)
+        taken += size
+    return passes
 
 
 def sample_stride(windows: Tensor) -> int:
