@@ -38,7 +38,7 @@ from rankgate.errors import RankgateError
 from rankgate.files import atomic_path
 from rankgate.gates import record_gates
 from rankgate.groups import Linear, linears, read_linear
-from rankgate.methods.lrq import members
+from rankgate.methods.base import members
 from rankgate.methods.planned import PlannedConfig, Setting, assemble, quantize
 from rankgate.progress import track
 from rankgate.quantize import Metric, output_weights, predicted_loss, spectrum

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from rankgate.core import GatedGroup
     from rankgate.quantized import QuantizedGroup
 
 FEW = 8  # tokens up to which one matrix-vector product each is faster than unpacking the matrix
@@ -22,18 +23,34 @@ def has_triton(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-_library = torch.library.Library("rankgate", "DEF")
-_library.define("quantized_gemv(Tensor x, int table, int m) -> Tensor")
-
-
 def _gemv(x: Tensor, table: int, m: int) -> Tensor:
     from rankgate.ops import cpu
 
     return cpu.gemv(x, table, m)
 
 
+def _gated(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -> Tensor:
+    from rankgate.core import answer, project
+
+    return answer(x, project(x, B, eps), A, W)
+
+
+_library = torch.library.Library("rankgate", "DEF")
+_library.define("quantized_gemv(Tensor x, int table, int m) -> Tensor")
 _library.impl("quantized_gemv", _gemv, "CPU")
 _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
+_library.define("gated(Tensor x, Tensor B, Tensor A, Tensor? W, float? eps) -> Tensor")
+_library.impl("gated", _gated, "CPU")
+_library.impl("gated", _gated, "CUDA")
+_library.impl("gated", lambda x, B, A, W, eps: x.new_empty((*x.shape[:-1], A.shape[0])), "Meta")
+
+
+def gated(group: GatedGroup, x: Tensor) -> Tensor:
+    """y (…, m) of a gated group. An operator, because a graph cannot hold the branch that a gate is."""
+    if group.gate is None or group.watched or x.requires_grad:
+        return group.reference(x)
+    y: Tensor = torch.ops.rankgate.gated(x, group.subspace.B, group.A, group.W, group.subspace.eps)
+    return y
 
 
 def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
@@ -47,7 +64,7 @@ def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
         from rankgate.ops import cpu
 
         if few:
-            y: Tensor = torch.ops.rankgate.quantized_gemv(x, group.table(cpu.table_of), group.base.m)
+            y: Tensor = torch.ops.rankgate.quantized_gemv(x, group.table(cpu.table_of), group.m)
             return y
         return group.reference(x, cpu.dequantize(group.base))
     if here and few and x.dtype != torch.float64 and has_triton(x.device):
