@@ -50,6 +50,8 @@ class InputGroup(nn.Module, Generic[T]):
         self._memo: tuple[weakref.ref[Tensor], int, T] | None = None
 
     def shared(self, x: Tensor) -> T:
+        if torch.compiler.is_compiling():  # a weak reference would end the graph
+            return self(x)  # type: ignore[no-any-return]
         version = 0 if x.is_inference() else x._version
         if self._memo is None or self._memo[0]() is not x or self._memo[1] != version:
             answer: T = self(x)
@@ -70,10 +72,18 @@ class LinearGroup(InputGroup[Tensor]):
     def __init__(self, m: int, n: int) -> None:
         super().__init__()
         self.m, self.n = m, n
+        self._traced: tuple[Tensor, Tensor] | None = None
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """y_start … y_stop."""
-        return self.shared(x)[..., start:stop]
+        """y_start … y_stop. A compiled graph asks once as well: from the first rows of an input to its last."""
+        if not torch.compiler.is_compiling():
+            return self.shared(x)[..., start:stop]
+        if start == 0 or self._traced is None or self._traced[0] is not x:
+            self._traced = x, self(x)
+        y = self._traced[1]
+        if stop == self.m:
+            self._traced = None
+        return y[..., start:stop]
 
     @property
     def gate(self) -> nn.Module | None:

@@ -16,17 +16,26 @@ if TYPE_CHECKING:
     from rankgate.quantized import QuantizedGroup
 
 FEW = 8  # tokens up to which one matrix-vector product each is faster than unpacking the matrix
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 def has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on `device`."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and TRITON
 
 
 def _gemv(x: Tensor, table: int, m: int) -> Tensor:
     from rankgate.ops import cpu
 
     return cpu.gemv(x, table, m)
+
+
+def _gemv_of(x: Tensor, parts: list[Tensor | None]) -> Tensor:
+    """The same from `QuantizedGroup.parts`, in a graph: an address would outlive the tensors there."""
+    from rankgate.ops import cpu
+
+    table = cpu.table_of(x.shape[-1], parts)
+    return cpu.gemv(x, table.ctypes.data, int(table[cpu.M]))
 
 
 def _gated(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -> Tensor:
@@ -39,6 +48,9 @@ _library = torch.library.Library("rankgate", "DEF")
 _library.define("quantized_gemv(Tensor x, int table, int m) -> Tensor")
 _library.impl("quantized_gemv", _gemv, "CPU")
 _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
+_library.define("quantized_gemv.parts(Tensor x, Tensor?[] parts) -> Tensor")
+_library.impl("quantized_gemv.parts", _gemv_of, "CPU")
+_library.impl("quantized_gemv.parts", lambda x, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
 _library.define("gated(Tensor x, Tensor B, Tensor A, Tensor? W, float? eps) -> Tensor")
 _library.impl("gated", _gated, "CPU")
 _library.impl("gated", _gated, "CUDA")
@@ -61,6 +73,8 @@ def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
     here = x.device == group.base.codes.device and not group.watched and not x.requires_grad
     few = x.numel() <= FEW * x.shape[-1]
     if here and x.device.type == "cpu":
+        if torch.compiler.is_compiling():
+            return torch.ops.rankgate.quantized_gemv.parts(x, group.parts) if few else group.reference(x)
         from rankgate.ops import cpu
 
         if few:
