@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankgate.calibration import Stats, calibrate
     from rankgate.convert import LayerReport, convert_, twin
-    from rankgate.core import GatedLinear, Subspace
+    from rankgate.core import GatedGroup, GroupedLinear, Subspace
     from rankgate.errors import RankgateError
     from rankgate.evaluation import Evaluation, evaluate
     from rankgate.methods import ASVDConfig, GSIConfig, Int4Config, Int8Config, LRQConfig, SparseConfig, SVDConfig
@@ -26,7 +26,8 @@ _HOME = {
     "LayerReport": "convert",
     "convert_": "convert",
     "twin": "convert",
-    "GatedLinear": "core",
+    "GatedGroup": "core",
+    "GroupedLinear": "core",
     "Subspace": "core",
     "RankgateError": "errors",
     "Evaluation": "evaluation",
@@ -44,7 +45,8 @@ __all__ = [
     "ASVDConfig",
     "Evaluation",
     "GSIConfig",
-    "GatedLinear",
+    "GatedGroup",
+    "GroupedLinear",
     "Int4Config",
     "Int8Config",
     "LRQConfig",

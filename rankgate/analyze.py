@@ -110,7 +110,7 @@ def _residual_ratios(model: PreTrainedModel, stats: Stats, windows: Tensor, *, p
         model.get_submodule(group.members[0]).register_forward_pre_hook(
             lambda _, args, group=group, into=into: observe(args[0], group, into)
         )
-        for group, into in zip(stats.groups, rows, strict=True)
+        for group, into in zip([group.to(model.device) for group in stats.groups], rows, strict=True)
     ]
     try:
         with torch.inference_mode(), evaluation_mode(model):

@@ -6,10 +6,10 @@ For each input group (see `groups`), over all calibration tokens x (n values eac
 
 Its top eigenvectors are the subspace that keeps most of ‖x‖², and W C Wᵀ is the second moment of the layer's outputs.
 Accumulated in float32 (float64 for a float64 model) while the model runs. Memory is one n × n matrix per group,
-whatever the number of tokens; of a model on a GPU these matrices go to main memory, and the text is read as many times
-as it takes to keep those under way within a tenth of the weights. C is symmetric, so only the blocks on and above its diagonal are multiplied. The output
-embedding is not run: its input is not needed. Of the activations themselves, a sample of at most 256 tokens is kept,
-evenly spread over the text: what gates are calibrated on.
+whatever the number of tokens. On a GPU those under way keep within a tenth of the weights: the text is read as often
+as that takes, and what is finished goes to main memory. C is symmetric, so only the blocks on and above its diagonal
+are multiplied. The output embedding is not run: its input is not needed. Of the activations themselves, a sample of
+at most 256 tokens is kept, evenly spread over the text: what gates are calibrated on.
 
 On request, a pass over the first 2,048 tokens before that measures how much each output y_i matters,
 
@@ -186,7 +186,8 @@ def split_passes(model: PreTrainedModel, members: list[tuple[str, ...]]) -> list
     """The groups whose second moments are accumulated in one pass over the text: on the CPU all of them."""
     if model.device.type == "cpu":
         return [members]
-    modules, passes, taken = linears(model), [], math.inf
+    modules, taken = linears(model), math.inf
+    passes: list[list[tuple[str, ...]]] = []
     budget = SHARE * sum(p.numel() * p.element_size() for p in model.parameters())
     for names in members:
         size = 4 * shape(modules[names[0]])[1] ** 2

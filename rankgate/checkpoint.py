@@ -30,13 +30,13 @@ from transformers import (
 )
 
 from rankgate.convert import Converted, LayerReport, converted_layers, shared_part
-from rankgate.core import ChannelGate, GatedLinear, SparseLinear, Subspace
+from rankgate.core import ChannelGate, GatedGroup, GroupedLinear, LinearGroup, SparseLinear, Subspace
 from rankgate.errors import RankgateError
 from rankgate.methods import METHODS, Method
 from rankgate.methods.context import ContextBasis, ContextLinear
-from rankgate.quantized import QuantizedGroup, QuantizedHead, QuantizedLinear
+from rankgate.quantized import QuantizedGroup, QuantizedHead
 
-FORMAT = "rankgate-model-2"
+FORMAT = "rankgate-model-3"
 MANIFEST = "rankgate.json"
 TENSORS = "rankgate.safetensors"
 
@@ -147,32 +147,35 @@ def _describe(model: PreTrainedModel) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "kind": type(layer).__name__,
+            "head": isinstance(layer, QuantizedHead),
+            "start": layer.start if isinstance(layer, GroupedLinear) else 0,
             "m": layer.out_features,
             "n": layer.in_features,
             "bias": layer.bias is not None,
             "shared": numbers.setdefault(shared_part(layer), len(numbers)),
-            **_settings(layer),
+            **_settings(shared_part(layer)),
         }
         for name, layer in converted_layers(model)
     ]
 
 
-def _settings(layer: Converted) -> dict[str, Any]:
-    """What else there is to know about a layer of its kind."""
-    if isinstance(layer, SparseLinear):
-        return {}
-    if isinstance(layer, QuantizedLinear):
-        base, low_rank = layer.group.base, layer.group.low_rank
-        return {
-            "start": layer.start,
-            "rows": base.m,
-            "bits": base.bits,
-            "symmetric": base.zero is None,
-            "rank": low_rank.rank if low_rank is not None else 0,
-            "refined": layer.group.refinement is not None,
-        }
-    return {"rank": layer.subspace.rank, "eps": layer.subspace.eps}
+def _settings(shared: nn.Module) -> dict[str, Any]:
+    """What else there is to know about the shared part of a layer."""
+    settings: dict[str, Any] = {"kind": type(shared).__name__}
+    match shared:
+        case GatedGroup():
+            settings |= {"rows": shared.m, "rank": shared.rank, "eps": shared.subspace.eps}
+        case QuantizedGroup():
+            settings |= {
+                "rows": shared.m,
+                "bits": shared.base.bits,
+                "symmetric": shared.base.zero is None,
+                "rank": shared.low_rank.rank if shared.low_rank is not None else 0,
+                "refined": shared.refinement is not None,
+            }
+        case ContextBasis():
+            settings |= {"rank": shared.rank, "eps": shared.eps}
+    return settings
 
 
 def _rebuild(model: PreTrainedModel, modules: list[dict[str, Any]], dtype: torch.dtype) -> None:
@@ -186,30 +189,31 @@ def _rebuild(model: PreTrainedModel, modules: list[dict[str, Any]], dtype: torch
 
 def _empty_shared(spec: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     n = spec["n"]
-    if spec["kind"] == SparseLinear.__name__:
-        return ChannelGate(torch.empty(n))
-    if spec["kind"] in (QuantizedLinear.__name__, QuantizedHead.__name__):
-        return QuantizedGroup.empty(
-            spec["rows"], n, spec["bits"], spec["symmetric"], rank=spec["rank"], refined=spec["refined"]
-        )
-    if spec["kind"] == ContextLinear.__name__:
-        return ContextBasis(n, spec["rank"], spec["eps"])
-    return Subspace(torch.empty(spec["rank"], n, dtype=dtype), spec["eps"])
+    match spec["kind"]:
+        case ChannelGate.__name__:
+            return ChannelGate(torch.empty(n))
+        case ContextBasis.__name__:
+            return ContextBasis(n, spec["rank"], spec["eps"])
+        case QuantizedGroup.__name__:
+            rank, refined = spec["rank"], spec["refined"]
+            return QuantizedGroup.empty(spec["rows"], n, spec["bits"], spec["symmetric"], rank=rank, refined=refined)
+        case GatedGroup.__name__:
+            B, A = torch.empty(spec["rank"], n, dtype=dtype), torch.empty(spec["rows"], spec["rank"], dtype=dtype)
+            W = None if spec["eps"] is None else torch.empty(spec["rows"], n, dtype=dtype)
+            return GatedGroup(Subspace(B, spec["eps"]), A, W)
+    raise ValueError(f"unknown kind of layer {spec['kind']!r}")
 
 
 def _empty_layer(spec: dict[str, Any], shared: nn.Module, dtype: torch.dtype) -> Converted:
     m, n = spec["m"], spec["n"]
     bias = torch.empty(m, dtype=dtype) if spec["bias"] else None
     match shared:
-        case QuantizedGroup() if spec["kind"] == QuantizedHead.__name__:
+        case QuantizedGroup() if spec["head"]:
             return QuantizedHead(shared, bias, dtype)
-        case QuantizedGroup():
-            return QuantizedLinear(shared, spec["start"], spec["start"] + m, bias)
+        case LinearGroup():
+            return GroupedLinear(shared, spec["start"], spec["start"] + m, bias)
         case ChannelGate():
             return SparseLinear(shared, torch.empty(m, n, dtype=dtype), bias)
         case ContextBasis():
             return ContextLinear(shared, torch.empty(m, n, dtype=dtype), bias)
-        case Subspace():
-            W = torch.empty(m, n, dtype=dtype) if shared.eps is not None else None
-            return GatedLinear(shared, torch.empty(m, shared.rank, dtype=dtype), W, bias)
     raise ValueError(f"unknown kind of layer {spec['kind']!r}")

@@ -11,16 +11,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankgate.calibration import GroupStats, Stats
-from rankgate.core import GatedLinear, SparseLinear
+from rankgate.core import GroupedLinear, SparseLinear
 from rankgate.errors import RankgateError
 from rankgate.groups import NOT_CALLED, Linear, input_groups, linears, read_linear, shape
 from rankgate.methods import Method
 from rankgate.methods.context import ContextLinear
 from rankgate.progress import track
 from rankgate.quantize import nearest
-from rankgate.quantized import QuantizedGroup, QuantizedHead, QuantizedLinear
+from rankgate.quantized import QuantizedGroup, QuantizedHead
 
-Converted = GatedLinear | ContextLinear | QuantizedLinear | SparseLinear
+Converted = GroupedLinear | ContextLinear | SparseLinear
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def convert_(
 
     def read() -> Iterator[tuple[list[Linear], GroupStats | None]]:
         for members in track(groups, "converting", enabled=progress):
-            yield [read_linear(name, modules[name]) for name in members], used.get(members)
+            layers, stats = [read_linear(name, modules[name]) for name in members], used.get(members)
+            yield layers, None if stats is None else stats.to(layers[0].W.device)
 
     for members, rewrites in zip(groups, method.rewrite(read), strict=True):
         for name, rewrite in zip(members, rewrites, strict=True):
@@ -124,7 +125,7 @@ def shared_part(layer: Converted) -> nn.Module:
     """What `layer` has in common with its input group."""
     if isinstance(layer, SparseLinear):
         return layer.gate
-    return layer.group if isinstance(layer, QuantizedLinear) else layer.subspace
+    return layer.group if isinstance(layer, GroupedLinear) else layer.subspace
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,8 +11,9 @@ weights instead of m n is where the speed comes from; every token whose gate ope
                      ‖x − V z‖ > ε ‖x‖.
     ungated (`svd`, `asvd`):  A B approximates W and there is no residual.
 
-This module is the oracle that faster kernels are tested against. It computes both branches with dense products and
-branches on the host; it does not try to be fast, to fuse, or to avoid the device synchronisation of `fire.any()`.
+This module is the oracle that faster kernels are tested against (`ops` chooses between them). It computes both branches
+with dense products and branches on the host; it does not try to be fast, to fuse, or to avoid the device
+synchronisation of `fire.any()`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rankgate import ops
 
 T = TypeVar("T")
 
@@ -47,6 +50,8 @@ class InputGroup(nn.Module, Generic[T]):
         self._memo: tuple[weakref.ref[Tensor], int, T] | None = None
 
     def shared(self, x: Tensor) -> T:
+        if torch.compiler.is_compiling():  # a weak reference would end the graph
+            return self(x)  # type: ignore[no-any-return]
         version = 0 if x.is_inference() else x._version
         if self._memo is None or self._memo[0]() is not x or self._memo[1] != version:
             answer: T = self(x)
@@ -61,12 +66,38 @@ class InputGroup(nn.Module, Generic[T]):
         return {**self.__dict__, "_memo": None}
 
 
-class Subspace(InputGroup[Projection]):
-    """`B` (k × n) and the tolerance ε of its gate; `eps=None` means that there is no gate.
+class LinearGroup(InputGroup[Tensor]):
+    """The members of an input group as one linear layer, their rows stacked: y (…, m) from x (…, n)."""
 
-    A gated subspace needs orthonormal rows. The gate's statistic is computed in float32 (or better) whatever the
-    dtype of the model, because it is a difference of nearly equal vectors.
-    """
+    def __init__(self, m: int, n: int) -> None:
+        super().__init__()
+        self.m, self.n = m, n
+        self._traced: tuple[Tensor, Tensor] | None = None
+
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """y_start … y_stop. A compiled graph asks once as well: from the first rows of an input to its last."""
+        if not torch.compiler.is_compiling():
+            return self.shared(x)[..., start:stop]
+        if start == 0 or self._traced is None or self._traced[0] is not x:
+            self._traced = x, self(x)
+        y = self._traced[1]
+        if stop == self.m:
+            self._traced = None
+        return y[..., start:stop]
+
+    @property
+    def gate(self) -> nn.Module | None:
+        """The module whose answer says what is read of the residual; None without a gate."""
+        raise NotImplementedError
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody logs the gate, which kernels do not report."""
+        return self.gate is not None and bool(self.gate._forward_hooks)
+
+
+class Subspace(nn.Module):
+    """`B` (k × n) and the tolerance ε of its gate. B has orthonormal rows, unless `eps=None`: there is no gate."""
 
     def __init__(self, B: Tensor, eps: float | None = None) -> None:
         super().__init__()
@@ -78,53 +109,64 @@ class Subspace(InputGroup[Projection]):
         return self.B.shape[0]
 
     def forward(self, x: Tensor) -> Projection:
-        if self.eps is None:
-            return Projection(F.linear(x, self.B), None, None)
-        wide = widen(x)
-        B = self.B.to(wide.dtype)
-        z = F.linear(wide, B)  # (..., k)
-        residual = wide - F.linear(z, B.T)  # (..., n)
-        ratio = norm_ratio(residual, wide)
-        return Projection(z.to(x.dtype), ratio, ratio > self.eps)
+        return project(x, self.B, self.eps)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, in_features={self.B.shape[1]}, eps={self.eps}"
 
 
-class GatedLinear(nn.Module):
-    """y = A (B x) + bias, or exactly W x + bias for the tokens whose gate opens.
+class GatedGroup(LinearGroup):
+    """y = A (B x), or exactly W x for the tokens whose gate opens.
 
     Args:
-        subspace: holds B; shared by the members of an input group.
-        A: (m, k).
+        subspace: holds B.
+        A: (m, k), the rows of all members.
         W: (m, n), read only by tokens whose gate opens; None exactly when the subspace has no gate.
-        bias: (m,) or None.
     """
 
-    def __init__(self, subspace: Subspace, A: Tensor, W: Tensor | None, bias: Tensor | None) -> None:
-        super().__init__()
+    def __init__(self, subspace: Subspace, A: Tensor, W: Tensor | None) -> None:
         if (W is None) != (subspace.eps is None):
             raise ValueError("a gate needs a residual weight W, and W needs a gate")
+        super().__init__(A.shape[0], subspace.B.shape[1])
         self.subspace = subspace
         self.A = frozen(A)
         self.W = None if W is None else frozen(W)
+
+    @property
+    def rank(self) -> int:
+        return self.subspace.rank
+
+    @property
+    def gate(self) -> Subspace | None:
+        return None if self.subspace.eps is None else self.subspace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.gated(self, x)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The definition."""
+        return answer(x, self.subspace(x), self.A, self.W)
+
+
+class GroupedLinear(nn.Module):
+    """Rows start … stop of a group, and a bias (stop − start,) or None."""
+
+    def __init__(self, group: LinearGroup, start: int, stop: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group, self.start, self.stop = group, start, stop
         self.bias = None if bias is None else frozen(bias)
 
     @property
     def in_features(self) -> int:
-        return self.subspace.B.shape[1]
+        return self.group.n
 
     @property
     def out_features(self) -> int:
-        return self.A.shape[0]
+        return self.stop - self.start
 
     def forward(self, x: Tensor) -> Tensor:
-        z, _, fire = self.subspace.shared(x)
-        y = F.linear(z, self.A, self.bias)  # (..., m)
-        if fire is not None and fire.any():
-            assert self.W is not None
-            y[fire] = F.linear(x[fire], self.W, self.bias)
-        return y
+        y = self.group.rows(x, self.start, self.stop)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -160,6 +202,31 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x * self.gate.shared(x), self.W, self.bias)
+
+
+def project(x: Tensor, B: Tensor, eps: float | None) -> Projection:
+    """x (…, n) seen from B (k × n).
+
+    The gate's statistic is computed in float32 (or better) whatever the dtype of the model, because it is a difference
+    of nearly equal vectors.
+    """
+    if eps is None:
+        return Projection(F.linear(x, B), None, None)
+    wide = widen(x)
+    B = B.to(wide.dtype)
+    z = F.linear(wide, B)  # (..., k)
+    residual = wide - F.linear(z, B.T)  # (..., n)
+    ratio = norm_ratio(residual, wide)
+    return Projection(z.to(x.dtype), ratio, ratio > eps)
+
+
+def answer(x: Tensor, seen: Projection, A: Tensor, W: Tensor | None) -> Tensor:
+    """A z (…, m), or W x for the tokens whose gate opens. A: m × k, W: m × n."""
+    y = F.linear(seen.z, A)
+    if seen.fire is not None and seen.fire.any():
+        assert W is not None
+        y[seen.fire] = F.linear(x[seen.fire], W)
+    return y
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

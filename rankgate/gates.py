@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rankgate.convert import Converted, converted_layers
-from rankgate.core import Projection, SparseLinear
+from rankgate.core import GroupedLinear, Projection, SparseLinear
 from rankgate.methods.context import ContextProjection
-from rankgate.quantized import QuantizedLinear
 
 
 @dataclass
@@ -53,9 +52,7 @@ def gate_of(layer: Converted) -> nn.Module | None:
     """The module whose answer says what `layer` reads of its residual; None without a gate. Shared in a group."""
     if isinstance(layer, SparseLinear):
         return layer.gate
-    if isinstance(layer, QuantizedLinear):
-        return layer.group.refinement.gate if layer.group.refinement is not None else None
-    return None if layer.subspace.eps is None else layer.subspace
+    return layer.group.gate if isinstance(layer, GroupedLinear) else layer.subspace
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from rankgate.errors import RankgateError
 from rankgate.files import atomic_path
 from rankgate.gates import record_gates
 from rankgate.groups import Linear, linears, read_linear
-from rankgate.methods.lrq import members
+from rankgate.methods.base import members
 from rankgate.methods.planned import PlannedConfig, Setting, assemble, quantize
 from rankgate.progress import track
 from rankgate.quantize import Metric, output_weights, predicted_loss, spectrum
@@ -223,7 +223,7 @@ class Planner:
         stats.check(model)
         self.model, self.windows, self.lm_head, self.progress = model, windows, lm_head, progress
         self.settings = settings
-        self.groups = {group.members[0]: group for group in stats.groups}
+        self.groups = {group.members[0]: group.to(model.device) for group in stats.groups}
         self.built: dict[tuple[str, Setting], QuantizedGroup] = {}
         self.timer = Timer(model.dtype)
         with evaluation_mode(model), torch.inference_mode():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankgate import ops
-from rankgate.core import ChannelGate, InputGroup, frozen, widen
+from rankgate.core import ChannelGate, GroupedLinear, LinearGroup, frozen, widen
 from rankgate.errors import RankgateError
 
 GROUP = 64  # inputs that share a scale
@@ -164,11 +164,11 @@ def _strips(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:whole].unflatten(0, (-1, COLUMN_ROWS)), rows[whole:]
 
 
-class QuantizedGroup(InputGroup[Tensor]):
-    """All rows of an input group: y (…, m) from x (…, n)."""
+class QuantizedGroup(LinearGroup):
+    """y = Q x + A (B x) + Σ_{j : |x_j| > t_j} E_j x_j."""
 
     def __init__(self, base: QuantizedMatrix, low_rank: LowRank | None, refinement: Refinement | None) -> None:
-        super().__init__()
+        super().__init__(base.m, base.n)
         self.base, self.low_rank, self.refinement = base, low_rank, refinement
         self._table: np.ndarray | None = None  # once made it stays where it is: captured steps keep its address
         self._moved = True
@@ -206,16 +206,25 @@ class QuantizedGroup(InputGroup[Tensor]):
         return y.to(x.dtype)
 
     @property
-    def watched(self) -> bool:
-        """Whether somebody logs the gate, which kernels do not report."""
-        return self.refinement is not None and bool(self.refinement.gate._forward_hooks)
+    def gate(self) -> ChannelGate | None:
+        return None if self.refinement is None else self.refinement.gate
 
-    def table(self, build: Callable[[QuantizedGroup], np.ndarray]) -> int:
-        """Address of what a kernel knows of this group's tensors, built once and again when they have moved."""
+    @property
+    def parts(self) -> list[Tensor | None]:
+        """The tensors that kernels read: codes, scale, zero; A, B, s; codes, row, column and threshold of the plane."""
+        base, low, fine = self.base, self.low_rank, self.refinement
+        return [
+            *(base.codes, base.scale, base.zero),
+            *((None,) * 3 if low is None else (low.A, low.B, low.scale)),
+            *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),
+        ]
+
+    def table(self, build: Callable[[int, list[Tensor | None]], np.ndarray]) -> int:
+        """Address of what a kernel knows of n and `parts`, built once and again when they have moved."""
         if self._table is None:
-            self._table = build(self)
+            self._table = build(self.n, self.parts)
         elif self._moved:
-            self._table[:] = build(self)
+            self._table[:] = build(self.n, self.parts)
         self._moved = False
         return self._table.ctypes.data
 
@@ -236,36 +245,12 @@ class QuantizedGroup(InputGroup[Tensor]):
         return f"bits={self.base.bits}, rank={rank}, refined={self.refinement is not None}"
 
 
-class QuantizedLinear(nn.Module):
-    """Rows start … stop of a `QuantizedGroup`, and a bias (stop − start,) or None."""
-
-    def __init__(self, group: QuantizedGroup, start: int, stop: int, bias: Tensor | None) -> None:
-        super().__init__()
-        self.group, self.start, self.stop = group, start, stop
-        self.bias = None if bias is None else frozen(bias)
-
-    @property
-    def in_features(self) -> int:
-        return self.group.base.n
-
-    @property
-    def out_features(self) -> int:
-        return self.stop - self.start
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.group.shared(x)[..., self.start : self.stop]
-        return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-class QuantizedHead(QuantizedLinear):
+class QuantizedHead(GroupedLinear):
     """An output embedding: all rows of its group.
 
     Some models ask for the dtype or shape of `weight`; it has both, of the dense one, but no data (meta device).
     """
 
     def __init__(self, group: QuantizedGroup, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(group, 0, group.base.m, bias)
-        self.weight = torch.empty(group.base.m, group.base.n, dtype=dtype, device="meta")
+        super().__init__(group, 0, group.m, bias)
+        self.weight = torch.empty(group.m, group.n, dtype=dtype, device="meta")

@@ -1,9 +1,9 @@
 """How many bytes of weights one generated token reads. Modelled from stored sizes and measured fire rates.
 
     dense layer      m n w                        w: bytes per weight in the model's dtype
-    subspace         k n b once per input group, k m b per layer
+    subspace         k (n + m) w                  m: outputs of the input group in all
     token gate       + p m n w                    p: measured share of tokens that fired
-    quantised        codes, scales, zeros and low-rank factors as stored, once per input group
+    quantised        codes, scales, zeros and low-rank factors as stored
     channel gate     + f × the gated columns, and the thresholds in full      f: measured share of channels
 
 A context basis counts the directions that were filled on average. Padding of stored codes counts. Activations, the
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankgate.convert import Converted, converted_layers, shared_part
-from rankgate.core import GatedLinear, SparseLinear, Subspace
-from rankgate.gates import GateLog, gate_of
+from rankgate.core import GatedGroup, GroupedLinear, SparseLinear
+from rankgate.gates import GateLog
 from rankgate.groups import linears
 from rankgate.methods.context import ContextBasis
-from rankgate.quantized import QuantizedGroup, QuantizedLinear
+from rankgate.quantized import QuantizedGroup
 
 
 @dataclass(frozen=True)
@@ -95,22 +95,25 @@ def weight_reads(model: PreTrainedModel, gates: Mapping[nn.Module, GateLog]) -> 
 
 def layer_bytes(layer: Converted, gates: Mapping[nn.Module, GateLog]) -> float:
     """What a layer reads per token beside what it shares with its group."""
-    if isinstance(layer, QuantizedLinear):
+    if isinstance(layer, GroupedLinear):
         return 0.0
-    gate = gate_of(layer)
-    rate = gates[gate].rate if gate is not None else 0.0
     if isinstance(layer, SparseLinear):
-        return rate * nbytes(layer.W)
-    stored = layer.A if isinstance(layer, GatedLinear) else layer.W
+        return gates[layer.gate].rate * nbytes(layer.W)
     m, n = layer.out_features, layer.in_features
-    return (directions(layer.subspace, gates) * m + rate * m * n) * stored.element_size()
+    directions, rate = gates[layer.subspace].columns, gates[layer.subspace].rate
+    assert directions is not None
+    return (directions * m + rate * m * n) * layer.W.element_size()
 
 
 def shared_bytes(shared: nn.Module, gates: Mapping[nn.Module, GateLog], width: int) -> float:
-    """What an input group reads once per token. `width`: bytes of a value of a subspace."""
-    if isinstance(shared, Subspace | ContextBasis):
-        n = shared.n if isinstance(shared, ContextBasis) else shared.B.shape[1]
-        return directions(shared, gates) * n * width
+    """What an input group reads once per token. `width`: bytes of a value of a context basis."""
+    if isinstance(shared, ContextBasis):
+        directions = gates[shared].columns
+        assert directions is not None
+        return directions * shared.n * width
+    if isinstance(shared, GatedGroup):
+        fired = 0.0 if shared.W is None else gates[shared.subspace].rate * nbytes(shared.W)
+        return nbytes(shared.subspace.B, shared.A) + fired
     if not isinstance(shared, QuantizedGroup):
         return stored_bytes(shared)
     plane = shared.refinement
@@ -119,12 +122,6 @@ def shared_bytes(shared: nn.Module, gates: Mapping[nn.Module, GateLog], width: i
         return always
     gated = gates[plane.gate].rate * nbytes(plane.codes, plane.column)
     return always + stored_bytes(plane.gate) + nbytes(plane.row) + gated
-
-
-def directions(subspace: Subspace | ContextBasis, gates: Mapping[nn.Module, GateLog]) -> float:
-    """How many directions of a subspace are read, on average."""
-    columns = gates[subspace].columns if subspace in gates else None
-    return subspace.rank if columns is None else columns
 
 
 def stored_bytes(module: nn.Module) -> int:

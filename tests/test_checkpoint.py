@@ -9,7 +9,7 @@ from rankgate.checkpoint import Checkpoint, Provenance
 from rankgate.convert import convert_, converted_layers, shared_part
 from rankgate.errors import RankgateError
 from rankgate.methods import ASVDConfig, GSIConfig, Int4Config, LRQConfig, SparseConfig, SVDConfig
-from rankgate.quantized import QuantizedLinear
+from rankgate.quantized import QuantizedHead
 
 METHODS = (
     SVDConfig(energy=0.7, allow_larger=True),
@@ -56,7 +56,7 @@ def test_a_loaded_model_is_bit_identical(architecture, method, dtype, tokenizer,
 def test_a_converted_output_embedding_is_kept(architecture, tokenizer, tmp_path):
     saved = save(architecture, Int4Config(), tokenizer, tmp_path / "out", lm_head=True)
     loaded = checkpoint.load(tmp_path / "out")
-    assert isinstance(loaded.model.get_output_embeddings(), QuantizedLinear)
+    assert isinstance(loaded.model.get_output_embeddings(), QuantizedHead)
     with torch.no_grad():
         outputs = [model(input_ids=tokens(2, 20)).logits for model in (saved.model, loaded.model)]
     assert torch.equal(*outputs)

@@ -48,7 +48,7 @@ def test_fire_rates_are_those_of_decoding_token_by_token():
     assert len(result.fire_rates) == 8
     fired = dict.fromkeys(result.fire_rates, 0)
     handles = [
-        model.get_submodule(name).subspace.register_forward_hook(
+        model.get_submodule(name).group.subspace.register_forward_hook(
             lambda _, args, seen, name=name: fired.update({name: fired[name] + int(seen.fire.sum())})
         )
         for name in fired
@@ -67,7 +67,7 @@ def test_fire_rates_are_those_of_decoding_token_by_token():
 def test_non_finite_logits_raise():
     dense, model = converted(ASVDConfig(rank=6))
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.A.fill_(float("nan"))
+        model.model.layers[0].mlp.up_proj.group.A.fill_(float("nan"))
     with pytest.raises(RankgateError, match="converted model gives non-finite"):
         evaluate(dense, model, tokens(1, 10))
 

@@ -13,8 +13,8 @@ from rankgate.convert import convert_, converted_layers, twin
 from rankgate.errors import RankgateError
 from rankgate.evaluation import evaluate
 from rankgate.groups import read_linear
-from rankgate.methods import Int4Config, Int8Config, LRQConfig, SparseConfig
-from rankgate.quantized import QuantizedLinear
+from rankgate.methods import GSIConfig, Int4Config, Int8Config, LRQConfig, SparseConfig
+from rankgate.quantized import QuantizedGroup, QuantizedHead
 
 DTYPES = (torch.float32, torch.bfloat16)
 CLOSE = LRQConfig(bits=8, rank=8, refine=1.0, rounds=1)
@@ -66,7 +66,7 @@ def test_weights_are_those_of_the_stored_parts(architecture):
         model, _ = convert(dense, method)
         used = 0
         for name, layer in converted_layers(model):
-            assert isinstance(layer, QuantizedLinear)
+            assert isinstance(layer.group, QuantizedGroup)
             stored = [part for part in (layer.group.base, layer.group.low_rank, layer.group.refinement) if part]
             used = max(used, len(stored))
             W = sum(part.dequantize() for part in stored)[layer.start : layer.stop]
@@ -147,18 +147,19 @@ def test_the_input_embedding_keeps_its_dense_weight(architecture):
     embedding = dense.get_input_embeddings().weight.clone()
     model, _ = convert(dense, Int4Config(), lm_head=True)
     assert torch.equal(model.get_input_embeddings().weight, embedding)
-    assert isinstance(model.get_output_embeddings(), QuantizedLinear)
+    assert isinstance(model.get_output_embeddings(), QuantizedHead)
     assert isinstance(dense.get_output_embeddings(), torch.nn.Linear)
     ids = model.generate(input_ids=tokens(2, 5), attention_mask=torch.ones(2, 5), max_new_tokens=4, do_sample=False)
     assert ids.shape == (2, 9)
 
 
-def test_dense_weights_go_as_soon_as_they_are_replaced():
+@pytest.mark.parametrize("method", [LRQConfig(rank=0, refine=0.0), GSIConfig(rank=0.25)], ids=lambda m: m.name)
+def test_dense_weights_go_as_soon_as_they_are_replaced(method):
     model = tiny_model("llama")
     stats = calibrated(model, sensitivity=True)
     weights = {name: weakref.ref(model.get_submodule(name).weight) for group in stats.groups for name in group.members}
     alive = []
-    original = LRQConfig.rewrite
+    original = type(method).rewrite
 
     def rewrite(self, groups):
         for rewrites in original(self, groups):
@@ -166,8 +167,8 @@ def test_dense_weights_go_as_soon_as_they_are_replaced():
             yield rewrites
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LRQConfig, "rewrite", rewrite)
-        convert_(model, LRQConfig(rank=0, refine=0.0), stats)
+        patch.setattr(type(method), "rewrite", rewrite)
+        convert_(model, method, stats)
     assert alive[0] == len(weights) and alive[-1] <= 4
     assert all(ref() is None for ref in weights.values())
 

@@ -5,7 +5,7 @@ import torch
 from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
 
 from rankgate.convert import convert_, converted_layers, twin
-from rankgate.core import GatedLinear
+from rankgate.core import GatedGroup
 from rankgate.errors import RankgateError
 from rankgate.methods import ASVDConfig, GSIConfig, SparseConfig, SVDConfig
 from rankgate.methods.svd import rank_at
@@ -38,9 +38,9 @@ def test_exact_limits_equal_dense(architecture, name, dtype):
     assert sum(not report.reason for report in reports) >= 4
     ids = tokens(2, 24)
     expected, actual = logits(dense, ids), logits(model, ids)
-    if name in ("gsi eps 0", "gsi context eps 0"):
+    if name == "gsi context eps 0" or (name == "gsi eps 0" and dtype != torch.bfloat16):
         torch.testing.assert_close(actual, expected)  # the same products; only their batching may differ
-    elif dtype == torch.bfloat16:  # two roundings a layer instead of one, on factors that are rounded themselves
+    elif dtype == torch.bfloat16:  # two roundings a layer or more instead of one, perhaps of factors rounded themselves
         reference = logits(twin(dense).double(), ids)
         error = (actual.double() - reference).norm()
         assert error <= 4 * (expected.double() - reference).norm()
@@ -69,10 +69,10 @@ def test_svd_is_the_best_approximation_of_the_weight(rank):
     model = twin(dense)
     reports = {report.name: report for report in convert_(model, SVDConfig(rank=rank))}
     for name, layer in converted_layers(model):
-        assert isinstance(layer, GatedLinear)
+        assert isinstance(layer.group, GatedGroup)
         W = dense.get_submodule(name).weight.T
         sigma = torch.linalg.svdvals(W)
-        error = (W - layer.A @ layer.subspace.B).square().sum()
+        error = (W - layer.group.A @ layer.group.subspace.B).square().sum()
         torch.testing.assert_close(error, sigma[rank:].square().sum())
         kept = sigma[:rank].square().sum() / sigma.square().sum()
         assert reports[name].kept == pytest.approx(kept.item())
@@ -86,7 +86,7 @@ def test_asvd_has_the_least_output_error_on_the_calibration_text():
     def output_error(model):
         errors = {}
         for name, layer in converted_layers(model):
-            E = dense.get_submodule(name).weight - layer.A @ layer.subspace.B
+            E = dense.get_submodule(name).weight - layer.group.A @ layer.group.subspace.B
             errors[name] = (E @ moments[name] @ E.T).trace()
         return errors
 
@@ -107,20 +107,23 @@ def test_gsi_keeps_the_reported_share_of_the_inputs_energy():
     model = twin(dense)
     reports = {report.name: report for report in convert_(model, GSIConfig(rank=8), stats)}
     for group in stats.groups:
-        V = model.get_submodule(group.members[0]).subspace.B.T
+        V = model.get_submodule(group.members[0]).group.subspace.B.T
         torch.testing.assert_close(V.T @ V, torch.eye(8, dtype=V.dtype))
         kept = (V.T @ group.C @ V).trace() / group.C.trace()
         assert all(reports[name].kept == pytest.approx(kept.item()) for name in group.members)
 
 
-def test_gsi_shares_one_subspace_in_a_group_and_the_weights_with_the_dense_model():
+def test_gsi_stacks_a_group_and_shares_single_weights_with_the_dense_model():
     dense = tiny_model("llama")
     model = twin(dense)
     convert_(model, GSIConfig(rank=4), calibrated(dense))
     block, original = model.model.layers[0], dense.model.layers[0]
-    assert block.self_attn.q_proj.subspace is block.self_attn.v_proj.subspace
-    assert block.self_attn.q_proj.subspace is not block.mlp.gate_proj.subspace
-    assert block.mlp.up_proj.W.data_ptr() == original.mlp.up_proj.weight.data_ptr()
+    group = block.self_attn.q_proj.group
+    assert group is block.self_attn.v_proj.group and group is not block.mlp.gate_proj.group
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer, weight = getattr(block.self_attn, name), getattr(original.self_attn, name).weight
+        assert torch.equal(group.W[layer.start : layer.stop], weight)
+    assert block.mlp.down_proj.group.W.data_ptr() == original.mlp.down_proj.weight.data_ptr()
 
 
 def test_layers_that_gain_nothing_stay_dense_and_say_why():

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from rankgate import ops
+from rankgate.core import GroupedLinear
 from rankgate.ops import cpu, rounding, rounding_cpu, rounding_gpu
 from rankgate.quantized import (
     GROUP,
     LowRank,
     QuantizedGroup,
-    QuantizedLinear,
     QuantizedMatrix,
     Refinement,
     pack_nibbles,
@@ -147,7 +147,7 @@ def test_changed_and_moved_tensors_are_seen() -> None:
 
 def test_members_are_rows_of_their_group() -> None:
     quantized, bias = group(65, 64, rank=8), torch.randn(25)
-    first, second = QuantizedLinear(quantized, 0, 40, None), QuantizedLinear(quantized, 40, 65, bias)
+    first, second = GroupedLinear(quantized, 0, 40, None), GroupedLinear(quantized, 40, 65, bias)
     x = torch.randn(1, 1, 64)
     whole = quantized(x)
     assert torch.equal(first(x), whole[..., :40])

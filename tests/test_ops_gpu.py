@@ -34,14 +34,7 @@ def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
 
 
 def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
-    base, low, fine = quantized.base, quantized.low_rank, quantized.refinement
-    return quantized_gpu.gemv(
-        x,
-        quantized_gpu.spread(x, base.bits),
-        *(base.codes, base.scale, base.zero),
-        *((None,) * 3 if low is None else (low.A, low.B, low.scale)),
-        *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),
-    )
+    return quantized_gpu.gemv(x, quantized_gpu.spread(x, quantized.base.bits), *quantized.parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -120,5 +113,5 @@ def test_subspaces_with_and_without_a_gate(shape: tuple[int, int, int, int], dty
         y = gated_gpu.gemv(x, B, A, W, eps)
         assert y.dtype == dtype
         assert ((y.float() - expected).abs() <= limit).all()
-    y = gated_gpu.gemv(x[None], B, A, None, -1.0)
+    y = gated_gpu.gemv(x[None], B, A, None, None)
     assert ((y[0].float() - low).abs() <= limit).all()

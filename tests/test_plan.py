@@ -12,10 +12,10 @@ from conftest import tiny_model, tokens
 from rankgate import plan as planning
 from rankgate.calibration import Stats, calibrate
 from rankgate.convert import convert_, twin
+from rankgate.core import GroupedLinear
 from rankgate.errors import RankgateError
 from rankgate.methods.planned import PlannedConfig, Setting
 from rankgate.plan import SETTINGS, Budget, Measured, Option, Planner, load_settings, predictions
-from rankgate.quantized import QuantizedLinear
 from rankgate.timing import Timer
 
 
@@ -133,7 +133,7 @@ def test_saved_plan_applies_and_can_be_edited(planner: Planner, stats: Stats, tm
     model = twin(planner.model)
     reports = {r.name: r for r in convert_(model, load_settings(tmp_path / "plan.json"), stats)}
     assert "dense" in reports[first].reason
-    assert not isinstance(model.get_submodule(first), QuantizedLinear)
+    assert not isinstance(model.get_submodule(first), GroupedLinear)
 
 
 @pytest.mark.parametrize(

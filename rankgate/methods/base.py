@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankgate.calibration import GroupStats
+from rankgate.core import GroupedLinear, LinearGroup
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
 
@@ -74,6 +75,20 @@ class GroupwiseMethod(Method):
     @abstractmethod
     def rewrite_group(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
         """Rewrite the linears of one input group, in order."""
+
+
+def stacked(layers: list[Linear]) -> Tensor:
+    """W of a group (Σ m × n); that of a single layer is not copied."""
+    return layers[0].W if len(layers) == 1 else torch.cat([layer.W for layer in layers])
+
+
+def members(group: LinearGroup, layers: list[Linear]) -> list[GroupedLinear]:
+    """Each of `layers` as its rows of `group`."""
+    made, start = [], 0
+    for layer in layers:
+        made.append(GroupedLinear(group, start, start + layer.m, layer.bias))
+        start += layer.m
+    return made
 
 
 def check_rank(rank: int | float) -> None:

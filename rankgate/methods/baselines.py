@@ -17,8 +17,7 @@ from rankgate.calibration import GroupStats
 from rankgate.core import ChannelGate, SparseLinear
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
-from rankgate.methods.base import GroupwiseMethod, Rewrite
-from rankgate.methods.lrq import members
+from rankgate.methods.base import GroupwiseMethod, Rewrite, members, stacked
 from rankgate.quantize import ChannelWorth, gate_level, nearest
 from rankgate.quantized import QuantizedGroup
 
@@ -35,7 +34,7 @@ class Int8Config(GroupwiseMethod):
         return False
 
     def rewrite_group(self, layers: list[Linear], stats: GroupStats | None) -> list[Rewrite]:
-        group = QuantizedGroup(nearest(torch.cat([layer.W for layer in layers]), self.bits), None, None)
+        group = QuantizedGroup(nearest(stacked(layers), self.bits), None, None)
         return [Rewrite(module) for module in members(group, layers)]
 
 

@@ -19,10 +19,10 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from rankgate.calibration import GroupStats
-from rankgate.core import GatedLinear, Subspace, widen
+from rankgate.core import GatedGroup, Subspace, widen
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
-from rankgate.methods.base import GroupwiseMethod, Rewrite, check_rank, factor, rank_for, too_large
+from rankgate.methods.base import GroupwiseMethod, Rewrite, check_rank, factor, members, rank_for, stacked, too_large
 from rankgate.methods.context import ContextBasis, ContextLinear, SequenceTracker
 
 BASES = ("calibrated", "context")
@@ -71,12 +71,9 @@ class GSIConfig(GroupwiseMethod):
         values, vectors = stats.eigen()
         V = vectors[:, :rank]  # (n, k)
         kept = float(values[:rank].sum() / values.sum())
-        dtype = layers[0].W.dtype
-        subspace = Subspace(factor(V.T, dtype), self.eps)
-        return [
-            Rewrite(GatedLinear(subspace, factor(widen(layer.W) @ V, dtype), layer.W, layer.bias), rank, kept)
-            for layer in layers
-        ]
+        W = stacked(layers)
+        group = GatedGroup(Subspace(factor(V.T, W.dtype), self.eps), factor(widen(W) @ V, W.dtype), W)
+        return [Rewrite(module, rank, kept) for module in members(group, layers)]
 
     def attach(self, model: PreTrainedModel) -> None:
         if self.basis == "context":

@@ -21,8 +21,7 @@ import torch
 
 from rankgate.core import ChannelGate
 from rankgate.errors import RankgateError
-from rankgate.groups import Linear
-from rankgate.methods.base import Groups, Method, Rewrite
+from rankgate.methods.base import Groups, Method, Rewrite, members, stacked
 from rankgate.quantize import (
     ChannelWorth,
     allocate_ranks,
@@ -32,7 +31,7 @@ from rankgate.quantize import (
     rounding_worth,
     spectrum,
 )
-from rankgate.quantized import QuantizedGroup, QuantizedLinear, grid
+from rankgate.quantized import QuantizedGroup, grid
 
 SPREAD = 4  # a group may get at most this many times the mean rank
 
@@ -76,7 +75,7 @@ class LRQConfig(Method):
         gates: list[tuple[ChannelGate, ChannelWorth]] = []
         for g, (layers, stats) in enumerate(groups()):
             assert stats is not None and stats.sensitivity is not None
-            W, C = torch.cat([layer.W for layer in layers]), stats.C
+            W, C = stacked(layers), stats.C
             if expected:
                 C = closed_moment(C, stats.sample, expected[g].thresholds(level))
             result = quantize_group(
@@ -103,7 +102,7 @@ class LRQConfig(Method):
         shapes, spectra, expected = [], [], []
         for layers, stats in groups():
             assert stats is not None and stats.sensitivity is not None
-            W = torch.cat([layer.W for layer in layers])
+            W = stacked(layers)
             shapes.append((len(W), layers[0].n))
             spectra.append(torch.empty(0))
             if self.rank:
@@ -113,12 +112,3 @@ class LRQConfig(Method):
                 worth = rounding_worth(W, stats.sensitivity, self.bits)
                 expected.append(ChannelWorth(stats.sample, worth, len(W)))
         return allocate_ranks(spectra, shapes, self.rank), expected
-
-
-def members(group: QuantizedGroup, layers: list[Linear]) -> list[QuantizedLinear]:
-    """Each of `layers` as its rows of `group`."""
-    made, start = [], 0
-    for layer in layers:
-        made.append(QuantizedLinear(group, start, start + layer.m, layer.bias))
-        start += layer.m
-    return made

@@ -6,13 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-import torch
-
 from rankgate.calibration import GroupStats
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
-from rankgate.methods.base import Groups, Method, Rewrite
-from rankgate.methods.lrq import members
+from rankgate.methods.base import Groups, Method, Rewrite, members, stacked
 from rankgate.quantize import (
     ChannelWorth,
     GroupResult,
@@ -99,7 +96,7 @@ def _setting(name: str, value: Any) -> Setting | None:
 def quantize(layers: list[Linear], stats: GroupStats, setting: Setting, rounds: int = 3) -> GroupResult:
     """The linears of one group, stacked and quantised; gates are still shut. `rounds`: see `quantize_group`."""
     assert stats.sensitivity is not None
-    W, C = torch.cat([layer.W for layer in layers]), stats.C
+    W, C = stacked(layers), stats.C
     if setting.refine:
         expected = ChannelWorth(stats.sample, rounding_worth(W, stats.sensitivity, setting.bits), len(W))
         C = closed_moment(C, stats.sample, expected.thresholds(gate_level([expected], setting.refine)))

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from rankgate.calibration import GroupStats
-from rankgate.core import GatedLinear, Subspace, widen
+from rankgate.core import GatedGroup, Subspace, widen
 from rankgate.errors import RankgateError
 from rankgate.groups import Linear
-from rankgate.methods.base import GroupwiseMethod, Rewrite, check_rank, factor, rank_for, too_large
+from rankgate.methods.base import GroupwiseMethod, Rewrite, check_rank, factor, members, rank_for, too_large
 
 RIDGE = 1e-6  # of the mean eigenvalue of C, added to each: directions that calibration never saw still count a little
 
@@ -70,8 +70,8 @@ class SVDConfig(GroupwiseMethod):
         if reason:
             return Rewrite(None, rank, kept, reason)
         dtype = layer.W.dtype
-        subspace = Subspace(factor(B[:rank], dtype))
-        return Rewrite(GatedLinear(subspace, factor(A[:, :rank], dtype), None, layer.bias), rank, kept)
+        group = GatedGroup(Subspace(factor(B[:rank], dtype)), factor(A[:, :rank], dtype), None)
+        return Rewrite(members(group, [layer])[0], rank, kept)
 
     def factors(self, W: Tensor, stats: GroupStats | None) -> tuple[Tensor, Tensor, Tensor]:
         """A (m × r), σ (r, descending) and B (r × n) at full rank r = min(m, n), to be cut to the first k."""

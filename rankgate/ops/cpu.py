@@ -43,10 +43,10 @@ from rankgate.ops.vector import (
 )
 
 if TYPE_CHECKING:
-    from rankgate.quantized import QuantizedGroup, QuantizedMatrix
+    from rankgate.quantized import QuantizedMatrix
 
 # words of the table
-M, N, BITS, CODES, SCALE, ZERO, RANK, A, B, COMPONENT, PLANE, ROW, COLUMN, THRESHOLD, WORDS = range(15)
+M, N, BITS, RANK, CODES, SCALE, ZERO, A, B, COMPONENT, PLANE, ROW, COLUMN, THRESHOLD = range(14)
 ROW_ORDER, COLUMN_ORDER = np.array(row_order()), np.array(column_order())
 LARGEST = np.float32(32767)
 EXPONENT = np.int32(0x7F800000)
@@ -216,30 +216,12 @@ def dequantize(matrix: QuantizedMatrix) -> Tensor:
     return out[:, : matrix.n]
 
 
-def table_of(group: QuantizedGroup) -> np.ndarray:
-    """Shapes and addresses of a group's tensors. Valid while the tensors stay where they are."""
-    base, low_rank, refinement = group.base, group.low_rank, group.refinement
-    fields: dict[int, Any] = {
-        M: base.m,
-        N: base.n,
-        BITS: base.bits,
-        CODES: base.codes,
-        SCALE: base.scale,
-        ZERO: base.zero,
-    }
-    if low_rank is not None:
-        fields |= {RANK: low_rank.rank, A: low_rank.A, B: low_rank.B, COMPONENT: low_rank.scale}
-    if refinement is not None:
-        fields |= {PLANE: refinement.codes, ROW: refinement.row, COLUMN: refinement.column}
-        fields[THRESHOLD] = refinement.gate.threshold
-    table = np.zeros(WORDS, np.int64)
-    for word, value in fields.items():
-        if isinstance(value, Tensor):
-            assert value.is_contiguous()
-            table[word] = value.data_ptr()
-        elif value is not None:
-            table[word] = value
-    return table
+def table_of(n: int, parts: list[Tensor | None]) -> np.ndarray:
+    """Shapes and addresses of `QuantizedGroup.parts`. Valid while the tensors stay where they are."""
+    codes, A = parts[0], parts[3]
+    assert codes is not None and all(part is None or part.is_contiguous() for part in parts)
+    shape = [codes.shape[0], n, 4 if codes.dtype == torch.uint8 else 8, 0 if A is None else A.shape[1]]
+    return np.array(shape + [0 if part is None else part.data_ptr() for part in parts], np.int64)
 
 
 def gemv(x: Tensor, table: int, m: int) -> Tensor:

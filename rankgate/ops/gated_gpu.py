@@ -122,7 +122,7 @@ def _combine(
     tl.store(y + place * m + out, result.to(y.dtype.element_ty), mask=(place < tokens) & (out < m))
 
 
-def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tensor:
+def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -> Tensor:
     """y (…, m) in the dtype of x (…, n), at most 8 tokens.
 
     Args:
@@ -130,7 +130,7 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tenso
         B: (k, n).
         A: (m, k).
         W: (m, n), or None without a gate.
-        eps: ε, of no meaning without a gate.
+        eps: ε, or None without a gate.
     """
     x = x.contiguous()
     (m, k), n, tokens = A.shape, x.shape[-1], x.numel() // x.shape[-1]
@@ -168,9 +168,9 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float) -> Tenso
         m,
         n,
         k,
-        float(eps),
+        eps or 0.0,
         GATED=W is not None,
-        ALWAYS=eps <= 0,
+        ALWAYS=not eps,
         BATCH=batch,
         CHUNKS=chunks,
         ROWS=rows,
