@@ -36,7 +36,7 @@ class Recorded:
             self.logits: Tensor = function(*inputs)
 
     def bind(self, buffers: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """A step on the given keys and values. Its result is overwritten by the next call of any step."""
+        """A step on the given keys and values."""
         return functools.partial(self._replay, attention_gpu.table(buffers))
 
     def _replay(self, rows: Tensor, token: Tensor, position: Tensor) -> Tensor:
@@ -46,4 +46,4 @@ class Recorded:
         self.token.copy_(token)
         self.position.copy_(position)
         self.graph.replay()
-        return self.logits
+        return self.logits.clone()  # the next replay, perhaps of another sequence, writes over it

@@ -5,6 +5,7 @@ import torch
 from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
 from safetensors.torch import save_file
 
+from rankgate import calibration
 from rankgate.calibration import Stats, add_outer, calibrate, sample_stride
 from rankgate.errors import RankgateError
 
@@ -33,6 +34,17 @@ def test_second_moment_equals_the_direct_one(architecture):
         x = torch.cat(seen)
         assert group.tokens == len(x) == 80
         torch.testing.assert_close(group.C, x.T @ x / len(x))
+
+
+def test_several_passes_see_what_one_does(monkeypatch):
+    model, windows = tiny_model("llama"), tokens(5, 16)
+    once = calibrate(model, windows)
+    monkeypatch.setattr(calibration, "split_passes", lambda _, members: [[names] for names in members])
+    for a, b in zip(once.groups, calibrate(model, windows).groups, strict=True):
+        assert a.members == b.members
+        assert a.tokens == b.tokens
+        assert torch.equal(a.C, b.C)
+        assert torch.equal(a.sample, b.sample)
 
 
 def test_low_precision_models_are_accumulated_in_float32():
