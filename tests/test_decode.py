@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
+from conftest import ARCHITECTURES, LLAMA, calibrated, tiny_model, tokens
 from torch import nn
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from rankgate import capture
 from rankgate import decode as module
 from rankgate.convert import convert_, twin
 from rankgate.core import InputGroup
@@ -19,6 +20,7 @@ from rankgate.errors import RankgateError
 from rankgate.methods import ASVDConfig, GSIConfig, LRQConfig, SparseConfig
 from rankgate.ops.attention import attend, attend_reference
 from rankgate.ops.fused import norm, norm_definition, rotary, rotary_definition
+from rankgate.recorded import lift_constants, share_layers
 
 METHODS = {
     "dense": None,
@@ -353,3 +355,22 @@ def test_chains_are_fused_where_they_fit():
         names = module._captures[model][1].bind.args[0].__globals__.values()
         counts[dtype] = [sum(f is kernel for f in names) for kernel in (norm, rotary)]
     assert counts == {torch.float32: [5, 4], torch.bfloat16: [0, 0]}
+
+
+@pytest.mark.parametrize("method", ["dense", "lrq", "gsi"])
+def test_layers_that_do_the_same_are_compiled_once(method):
+    """On a GPU; here the step is split in the same way, and nothing is compiled."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "num_hidden_layers": 4})).eval()
+    if METHODS[method] is not None:
+        convert_(model, METHODS[method], calibrated(model, sensitivity=METHODS[method].needs_sensitivity))
+    inputs, buffers = capture._example(model, [torch.Size([1, 2, 8, 8])] * 8, 2)
+    options = {"use_cache": True, "position_ids": inputs[1], "return_dict": True}
+    with torch.no_grad():
+        trace = capture._trace(model, options, inputs, buffers, 2)
+        expected = trace(*inputs)
+        trace.graph.eliminate_dead_code()
+        constants, parts = lift_constants(trace), []
+        whole = share_layers(trace, lambda part: parts.append(part) or part)
+        torch.testing.assert_close(whole(*inputs, *constants), expected)
+    assert len(list(whole.named_children())) == 9  # four attentions, and what lies before, between and after
+    assert len(parts) == 3

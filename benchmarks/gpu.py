@@ -1,0 +1,103 @@
+"""What the GPU benchmarks share: timing by CUDA graphs, the ceiling, and groups of random weights."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankgate.core import GatedGroup, Subspace
+from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
+
+COLD = 3e8  # bytes over which calls are spread, so that none finds its weights in the cache of the GPU
+REPLAYS = 15
+DTYPE = torch.bfloat16
+
+
+def device_name() -> str:
+    """Short: h100, h200."""
+    words = torch.cuda.get_device_name().lower().replace("-", " ").split()
+    return next((word for word in words if word.startswith(("h1", "h2", "a1", "b2"))), "gpu")
+
+
+def microseconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Of one call, when all of them are replayed as one CUDA graph: the median of the replays."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(REPLAYS):
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return 1e3 * statistics.median(times) / len(calls)
+
+
+def copy_ceiling() -> float:
+    """TB/s of a copy from device to device, counting bytes read and bytes written."""
+    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / microseconds([lambda: target.copy_(source)] * 4) / 1e6
+
+
+def rotate(make: Callable[[], Any], nbytes: float) -> list[Any]:
+    """As many different ones as it takes to come to `COLD` bytes, at most 256."""
+    return [make() for _ in range(min(256, max(2, round(COLD / nbytes))))]
+
+
+def noise(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def gated(m: int, n: int, k: int, eps: float | None, dtype: torch.dtype = DTYPE) -> GatedGroup:
+    """A random gated group, or an ungated one; eps 0: the gate is always open, 2: never."""
+    B = torch.linalg.qr(torch.randn(n, k, device="cuda"))[0].T.contiguous()
+    W = torch.randn(m, n, device="cuda") / n**0.5
+    A = (W @ B.T).to(dtype)
+    return GatedGroup(Subspace(B.to(dtype), eps), A, None if eps is None else W.to(dtype))
+
+
+def quantized(m: int, n: int, bits: int = 4, rank: int = 0, opened: float = 0.0) -> QuantizedGroup:
+    """A random quantised group; `opened` is the share of channels that a standard normal x opens."""
+
+    def random(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
+        return torch.randint(low, high, shape, device="cuda").to(dtype)
+
+    blocks = -(-n // GROUP)
+    codes = random(0, 256, m, blocks * GROUP // 2, dtype=torch.uint8) if bits == 4 else random(-128, 128, m, n)
+    scale = (0.5 + torch.rand(m, blocks, device="cuda")) / (4.6 if bits == 4 else 74) / n**0.5  # outputs like x
+    base = QuantizedMatrix(
+        n,
+        torch.nn.functional.pad(codes, (0, blocks * GROUP - n)) if bits == 8 else codes,
+        scale.to(torch.bfloat16),
+        None,
+    )
+    low_rank = refinement = None
+    if rank:
+        factors = random(-127, 128, m, rank), random(-127, 128, rank, n)
+        low_rank = LowRank(*factors, torch.rand(rank, device="cuda") / (74**2 * n))
+    if opened:
+        level = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - opened / 2)))
+        plane = random(0, 256, -(-m // GROUP) * n * GROUP // 2, dtype=torch.uint8)
+        row, column = torch.rand(m, device="cuda") / n**0.5, torch.rand(n, device="cuda") / 16
+        threshold = torch.full((n,), level, device="cuda")
+        refinement = Refinement(m, plane, *(v.to(torch.bfloat16) for v in (row, column, threshold)))
+    return QuantizedGroup(base, low_rank, refinement)
+
+
+def read_bytes(group: GatedGroup | QuantizedGroup, fire: float = 0.0) -> float:
+    """Bytes of weights, as stored, that one token reads; `fire`: the share of tokens or channels whose gate opens."""
+    always = [p for name, p in group.named_parameters() if not name.startswith(("W", "refinement.codes"))]
+    behind = group.W if isinstance(group, GatedGroup) else group.refinement and group.refinement.codes
+    return sum(p.nbytes for p in always) + (0.0 if behind is None else fire * behind.nbytes)
