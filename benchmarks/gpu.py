@@ -14,6 +14,7 @@ from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, 
 
 COLD = 3e8  # bytes over which calls are spread, so that none finds its weights in the cache of the GPU
 REPLAYS = 15
+DEVICE = "cuda"
 DTYPE = torch.bfloat16
 
 
@@ -46,7 +47,7 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> float:
 
 def copy_ceiling() -> float:
     """TB/s of a copy from device to device, counting bytes read and bytes written."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(1 << 29, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / microseconds([lambda: target.copy_(source)] * 4) / 1e6
 
@@ -57,13 +58,13 @@ def rotate(make: Callable[[], Any], nbytes: float) -> list[Any]:
 
 
 def noise(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype)
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
 def gated(m: int, n: int, k: int, eps: float | None, dtype: torch.dtype = DTYPE) -> GatedGroup:
     """A random gated group, or an ungated one; eps 0: the gate is always open, 2: never."""
-    B = torch.linalg.qr(torch.randn(n, k, device="cuda"))[0].T.contiguous()
-    W = torch.randn(m, n, device="cuda") / n**0.5
+    B = torch.linalg.qr(torch.randn(n, k, device=DEVICE))[0].T.contiguous()
+    W = torch.randn(m, n, device=DEVICE) / n**0.5
     A = (W @ B.T).to(dtype)
     return GatedGroup(Subspace(B.to(dtype), eps), A, None if eps is None else W.to(dtype))
 
@@ -72,11 +73,11 @@ def quantized(m: int, n: int, bits: int = 4, rank: int = 0, opened: float = 0.0)
     """A random quantised group; `opened` is the share of channels that a standard normal x opens."""
 
     def random(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
-        return torch.randint(low, high, shape, device="cuda").to(dtype)
+        return torch.randint(low, high, shape, device=DEVICE).to(dtype)
 
     blocks = -(-n // GROUP)
     codes = random(0, 256, m, blocks * GROUP // 2, dtype=torch.uint8) if bits == 4 else random(-128, 128, m, n)
-    scale = (0.5 + torch.rand(m, blocks, device="cuda")) / (4.6 if bits == 4 else 74) / n**0.5  # outputs like x
+    scale = (0.5 + torch.rand(m, blocks, device=DEVICE)) / (4.6 if bits == 4 else 74) / n**0.5  # outputs like x
     base = QuantizedMatrix(
         n,
         torch.nn.functional.pad(codes, (0, blocks * GROUP - n)) if bits == 8 else codes,
@@ -86,18 +87,18 @@ def quantized(m: int, n: int, bits: int = 4, rank: int = 0, opened: float = 0.0)
     low_rank = refinement = None
     if rank:
         factors = random(-127, 128, m, rank), random(-127, 128, rank, n)
-        low_rank = LowRank(*factors, torch.rand(rank, device="cuda") / (74**2 * n))
+        low_rank = LowRank(*factors, torch.rand(rank, device=DEVICE) / (74**2 * n))
     if opened:
         level = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - opened / 2)))
         plane = random(0, 256, -(-m // GROUP) * n * GROUP // 2, dtype=torch.uint8)
-        row, column = torch.rand(m, device="cuda") / n**0.5, torch.rand(n, device="cuda") / 16
-        threshold = torch.full((n,), level, device="cuda")
+        row, column = torch.rand(m, device=DEVICE) / n**0.5, torch.rand(n, device=DEVICE) / 16
+        threshold = torch.full((n,), level, device=DEVICE)
         refinement = Refinement(m, plane, *(v.to(torch.bfloat16) for v in (row, column, threshold)))
     return QuantizedGroup(base, low_rank, refinement)
 
 
-def read_bytes(group: GatedGroup | QuantizedGroup, fire: float = 0.0) -> float:
-    """Bytes of weights, as stored, that one token reads; `fire`: the share of tokens or channels whose gate opens."""
+def read_bytes(group: GatedGroup | QuantizedGroup, opened: float = 0.0) -> float:
+    """Bytes of weights, as stored, that a call reads; `opened`: the share of what is behind the gate that it reads."""
     always = [p for name, p in group.named_parameters() if not name.startswith(("W", "refinement.codes"))]
     behind = group.W if isinstance(group, GatedGroup) else group.refinement and group.refinement.codes
-    return sum(p.nbytes for p in always) + (0.0 if behind is None else fire * behind.nbytes)
+    return sum(p.nbytes for p in always) + (0.0 if behind is None else opened * behind.nbytes)

@@ -2,11 +2,14 @@
 
     python benchmarks/gpu_kernels.py
 
-One token, bfloat16 activations, random weights that come from memory and not from a cache. Two minutes on an H100.
+One token (a few rows: 4 and 8), bfloat16 activations, random weights that come from memory and not from a cache. Then
+the relative error of every kernel against float64, beside that of torch's products in the same dtype. The file is
+written after every shape. Two minutes on an H100.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,41 +29,49 @@ ODD = ((129, 577), (65, 300), (1000, 4096))
 K = 256
 SVD_THEORY = 2.9  # the rank of `svd` is the one whose bytes are this many times fewer than dense
 CLOSED, OPEN = 2.0, 0.0
+OPTIONS: dict[str, Any] = {"int4": {}, "int8": {"bits": 8}, "lrq": {"rank": 16, "opened": 0.1}}  # checked
 
 
 def main() -> None:
     torch.manual_seed(SEED)
+    times: list[dict[str, Any]] = []
+    errors: list[dict[str, Any]] = []
     with torch.inference_mode():
-        errors = [row for shape in ODD for row in correctness(*shape)]
-        ceiling = copy_ceiling()
-        times = [row for m, n in SQUARE for row in subspaces(m, n)]
-        times += [row for m, n in LLAMA for row in quantised(m, n)]
-    settings = {"device": torch.cuda.get_device_name(), "ceiling_tb_s": ceiling, "dtype": "bfloat16"}
-    write(f"gpu_kernels_{device_name()}", settings, [{"errors": errors, "times": times}])
+        settings = {"device": torch.cuda.get_device_name(), "ceiling_tb_s": copy_ceiling(), "dtype": "bfloat16"}
+        parts = (times, subspaces, SQUARE), (times, quantised, LLAMA), (errors, correctness, ODD)
+        for rows, measure, shapes in parts:
+            for m, n in shapes:
+                for row in measure(m, n):
+                    rows.append(row)
+                    print(row, flush=True)
+                write(f"gpu_kernels_{device_name()}", settings, [{"errors": errors, "times": times}])
 
 
 def correctness(m: int, n: int) -> Iterator[dict[str, Any]]:
-    """Relative error against float64, beside that of torch on the same weights in the same dtype."""
+    """Relative error against float64, beside that of torch on the same weights or factors in the same dtype."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for batch in (1, 3, 8):
             x = noise(batch, n, dtype=dtype)
-            open_, closed = gated(m, n, min(m, n) // 2, OPEN, dtype), gated(m, n, min(m, n) // 2, CLOSED, dtype)
-            assert open_.W is not None
-            cases = {
-                "gsi, gate open": (open_(x), open_.W.double()),
-                "gsi, gate closed": (closed(x), closed.A.double() @ closed.subspace.B.double()),
-            }
-            for name, group in (("int4", quantized(m, n)), ("int8", quantized(m, n, bits=8))):
-                cases[name] = group(x), group.base.dequantize().double()
-            for name, (y, W) in cases.items():
-                exact = x.double() @ W.T
-                row = {"method": name, "m": m, "n": n, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
-                yield {**row, "error": error(y, exact), "torch": error(F.linear(x, W.to(dtype)), exact)}
-            group = quantized(m, n, rank=16, opened=0.1)
-            exact = group.reference(x.double())
-            parts = F.linear(x, group.base.dequantize(dtype)) + group.low_rank(x) + group.refinement(x)  # type: ignore[misc]
-            row = {"method": "lrq", "m": m, "n": n, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
-            yield {**row, "error": error(group(x), exact), "torch": error(parts, exact)}
+            case = {"m": m, "n": n, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
+            for name, eps in (("gsi, gate closed", CLOSED), ("gsi, gate open", OPEN)):
+                group = gated(m, n, min(m, n) // 2, eps, dtype)
+                factors = [group.W] if eps == OPEN else [group.subspace.B, group.A]
+                exact = product(x.double(), factors)
+                own, plain = error(group(x), exact), error(product(x, factors), exact)
+                yield {"method": name, **case, "error": own, "torch": plain}
+            for name, options in OPTIONS.items():
+                packed = quantized(m, n, **options)
+                exact, parts = packed.reference(x.double()), F.linear(x, packed.base.dequantize(dtype))
+                if packed.low_rank is not None:
+                    parts += F.linear(x, packed.low_rank.dequantize().to(dtype))
+                if packed.refinement is not None:
+                    parts += packed.refinement(x)
+                yield {"method": name, **case, "error": error(packed(x), exact), "torch": error(parts, exact)}
+
+
+def product(x: Tensor, factors: list[Tensor]) -> Tensor:
+    """Through one factor after the other, in the dtype of x."""
+    return functools.reduce(lambda y, factor: F.linear(y, factor.to(y.dtype)), factors, x)
 
 
 def error(y: Tensor, exact: Tensor) -> float:
@@ -76,11 +87,13 @@ def subspaces(m: int, n: int) -> Iterator[dict[str, Any]]:
     for name, k, eps, fire in (("gsi", K, CLOSED, 0.0), ("gsi", K, OPEN, 1.0), ("svd", rank, None, 0.0)):
         groups = rotate(lambda k=k, eps=eps: gated(m, n, k, eps), 2 * k * (m + n) + fire * 2 * m * n)
         yield measured(name, groups, x, fire, dense, k=k)
+        if (m, n) == SQUARE[0]:
+            yield from batches(name, groups, fire, k=k)
         del groups
 
 
 def quantised(m: int, n: int) -> Iterator[dict[str, Any]]:
-    """Dense, int4, int8, and lrq without and with a gate, at one shape; lrq and int4 at several batches."""
+    """Dense, int8, int4, and lrq without and with a gate, at one shape."""
     x = noise(1, n)
     dense = dense_row(m, n, x)
     yield dense
@@ -92,30 +105,32 @@ def quantised(m: int, n: int) -> Iterator[dict[str, Any]]:
         ("lrq", {"rank": 16, "opened": 0.2}, 0.2),
     ):
         groups = rotate(lambda options=options: quantized(m, n, **options), m * n / 2)
-        yield measured(name, groups, x, fire, dense)
-        if m * n > 1 << 26 and fire in {0.0, 0.05} and name in {"int4", "lrq"}:
-            for batch in (4, 8):
-                many = noise(batch, n)
-                yield measured(name, groups, many, fire, dense_row(m, n, many))
+        rank = options.get("rank", 0)
+        yield measured(name, groups, x, fire, dense, k=rank)
+        if (m, n) == LLAMA[2]:
+            yield from batches(name, groups, fire, k=rank)
+        del groups
+
+
+def batches(name: str, groups: list[Any], fire: float, k: int) -> Iterator[dict[str, Any]]:
+    """The same for several tokens at once."""
+    for batch in (4, 8):
+        x = noise(batch, groups[0].n)
+        yield measured(name, groups, x, fire, dense_row(groups[0].m, groups[0].n, x), k=k)
 
 
 def dense_row(m: int, n: int, x: Tensor) -> dict[str, Any]:
     weights = rotate(lambda: noise(m, n), 2 * m * n)
     us = microseconds([lambda W=W: F.linear(x, W) for W in weights])  # type: ignore[misc]
-    return row("dense", m, n, len(x), 0.0, us, 2 * m * n)
+    return row("dense", m, n, 0, len(x), 0.0, us, 2 * m * n)
 
 
-def measured(
-    name: str,
-    groups: list[GatedGroup] | list[QuantizedGroup],
-    x: Tensor,
-    fire: float,
-    dense: dict[str, Any],
-    **more: int,
-) -> dict[str, Any]:
+def measured(name: str, groups: list[Any], x: Tensor, fire: float, dense: dict[str, Any], k: int) -> dict[str, Any]:
+    """`fire`: the share of tokens, or of a token's channels, whose gate opens; several tokens open others."""
     us = microseconds([kernel(group, x) for group in groups])
-    result = row(name, groups[0].m, groups[0].n, len(x), fire, us, read_bytes(groups[0], fire), **more)
-    return {**result, "speedup": dense["us"] / us, "theory": dense["bytes"] / result["bytes"]}
+    nbytes = read_bytes(groups[0], 1 - (1 - fire) ** len(x))
+    result = row(name, groups[0].m, groups[0].n, k, len(x), fire, us, nbytes)
+    return {**result, "speedup": dense["us"] / us, "theory": dense["bytes"] / nbytes}
 
 
 def kernel(group: GatedGroup | QuantizedGroup, x: Tensor) -> Callable[[], Tensor]:
@@ -126,8 +141,8 @@ def kernel(group: GatedGroup | QuantizedGroup, x: Tensor) -> Callable[[], Tensor
     return lambda: torch.ops.rankgate.quantized_gemv.spread(x, spread, group.parts)
 
 
-def row(name: str, m: int, n: int, batch: int, fire: float, us: float, nbytes: float, **more: int) -> dict[str, Any]:
-    return {"method": name, "m": m, "n": n, "batch": batch, "fire": fire, "us": us, "bytes": nbytes, **more}
+def row(name: str, m: int, n: int, k: int, batch: int, fire: float, us: float, nbytes: float) -> dict[str, Any]:
+    return {"method": name, "m": m, "n": n, "k": k, "batch": batch, "fire": fire, "us": us, "bytes": nbytes}
 
 
 if __name__ == "__main__":
