@@ -1,12 +1,15 @@
 """Decoding on a GPU, end to end, at batch 1: results/gpu_decode_h100.json.
 
-    python benchmarks/gpu_decode.py llama gptj opt [--budget 300]
+    python benchmarks/gpu_decode.py llama gptj opt [--budget 300] [--fire 0.1]
     python benchmarks/gpu_decode.py smollm2 --model PATH --text ../shared/data/wikitext-2
 
 Models of the shape of Llama-7B, GPT-J-6B and OPT-6.7B with random weights in bfloat16, whose linears are replaced by
 groups of random weights: speed does not depend on values. Gates are made to open for a given share of the groups (gsi)
-or channels (lrq). SmolLM2 is converted for real, in bfloat16; its dense float32 text is compared with generate()'s.
-Time per token: of 128 new tokens less 32, after a prompt of 64, the median of three; and of the CUDA graph alone.
+or channels (lrq), and what they open on the model's own text is measured. SmolLM2 is converted for real, in bfloat16;
+its dense float32 text is compared with generate()'s.
+Time per token: of 128 new tokens less 32, after a prompt of 64, the median of three; and of the CUDA graph alone. The
+file is written after every row. A model is measured anew as a whole, so that its ratios are of one run; rows of other
+models stay, each with the commit and the copy ceiling of its own run.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import importlib.util
 import json
 import statistics
@@ -23,21 +27,32 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from gpu import DTYPE, copy_ceiling, device_name, gated, quantized, read_bytes
-from provenance import RESULTS, SEED, write
+from gpu import DEVICE, DTYPE, copy_ceiling, device_name, gated, quantized
+from provenance import COMMIT, RESULTS, SEED, write
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, OPTConfig, PreTrainedModel
 
 from rankgate import decode
 from rankgate.calibration import calibrate
-from rankgate.convert import convert_, converted_layers, shared_part, twin
-from rankgate.core import GatedGroup, GroupedLinear, LinearGroup
+from rankgate.convert import convert_
+from rankgate.core import GroupedLinear, LinearGroup
+from rankgate.gates import record_gates
 from rankgate.groups import input_groups, linears, shape
 from rankgate.methods import Int4Config, Int8Config, LRQConfig
 from rankgate.pipeline import open_dense
 from rankgate.quantized import QuantizedGroup
+from rankgate.reads import weight_reads
 
 PROMPT, FEW, MANY = 64, 32, 128
+PROMPTS, SAME = 20, 100  # prompts whose text is compared, and its tokens
+CALIBRATION_TOKENS, CONTEXT = 16_384, 512
 K, SVD_THEORY = 256, 2.9
+TORCHAO = importlib.util.find_spec("torchao") is not None
+LOOPS: dict[str, dict[str, Any]] = {
+    "generate": {},
+    "engine": {"custom_generate": decode.decode},
+    "generate, compiled": {"cache_implementation": "static"},  # which transformers compiles by itself
+}
 MODELS = {
     "llama": LlamaConfig(
         hidden_size=4096,
@@ -56,26 +71,26 @@ Make = Callable[[int, int], LinearGroup]
 Variant = tuple[str, float, Make]  # method, share of open gates, group of m × n
 
 
-def variants(main: bool) -> list[Variant]:
+def variants(main: bool, fire: float) -> list[Variant]:
     """By importance: a run may end before the last."""
 
-    def lrq(fire: float) -> Variant:
-        return "lrq", fire, lambda m, n: quantized(m, n, rank=16, opened=fire)
+    def lrq(share: float) -> Variant:
+        return "lrq", share, lambda m, n: quantized(m, n, rank=16, opened=share)
 
-    def gsi(fire: float) -> Variant:
+    def gsi(share: float) -> Variant:
         chance = torch.Generator().manual_seed(SEED)
-        return "gsi", fire, lambda m, n: gated(m, n, K, 0.0 if torch.rand(1, generator=chance) < fire else 2.0)
+        return "gsi", share, lambda m, n: gated(m, n, K, 0.0 if torch.rand(1, generator=chance) < share else 2.0)
 
     few = [lrq(0.05), gsi(0.0)]
     more: list[Variant] = [
         ("int4", 0.0, quantized),
         gsi(1.0),
+        lrq(fire),
         gsi(0.1),
-        gsi(0.5),
-        lrq(0.2),
-        lrq(0.0),
         ("svd", 0.0, lambda m, n: gated(m, n, round(m * n / (SVD_THEORY * (m + n)) / 16) * 16, None)),
         ("int8", 0.0, functools.partial(quantized, bits=8)),
+        gsi(0.5),
+        lrq(0.0),
     ]
     return few + more if main else few
 
@@ -83,23 +98,15 @@ def variants(main: bool) -> list[Variant]:
 def main() -> None:
     arguments = parse()
     start = time.monotonic()
-    settings, rows = earlier()
-    settings |= {
-        "device": torch.cuda.get_device_name(),
-        "ceiling_tb_s": copy_ceiling(),
-        "prompt": PROMPT,
-        "new": [FEW, MANY],
-        "torchao": importlib.util.find_spec("torchao") is not None,
-    }
+    settings = {"device": torch.cuda.get_device_name(), "prompt": PROMPT, "new": [FEW, MANY], "torchao": TORCHAO}
+    run = {"commit": COMMIT, "ceiling_tb_s": copy_ceiling()}
+    rows = earlier()
     for name in arguments.models:
         rows = [row for row in rows if row["model"] != name]
-        measured = smollm2(arguments) if name == "smollm2" else random_model(name)
-        while time.monotonic() - start < arguments.budget:
-            row = next(measured, None)
-            if row is None:
-                break
-            rows.append({"model": name, **row})
-            print(rows[-1], flush=True)
+        measured = smollm2(arguments) if name == "smollm2" else random_model(name, arguments.fire)
+        while time.monotonic() - start < arguments.budget and (row := next(measured, None)) is not None:
+            rows.append({"model": name, **run, **row})
+            print(f"{time.monotonic() - start:.0f} s", rows[-1], flush=True)
             write(f"gpu_decode_{device_name()}", settings, rows)
 
 
@@ -107,75 +114,131 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=(*MODELS, "smollm2"))
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no measurement is begun")
+    parser.add_argument("--fire", type=float, default=0.1, help="share of channels that lrq opens in one of its rows")
     parser.add_argument("--model", help="of smollm2")
     parser.add_argument("--text", type=Path, help="folder with valid.txt and test.txt, for smollm2")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if "smollm2" in arguments.models and None in (arguments.model, arguments.text):
+        parser.error("smollm2 needs --model and --text")
+    return arguments
 
 
-def earlier() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What was measured on this kind of device before, of other models."""
+def earlier() -> list[dict[str, Any]]:
+    """What was measured on this kind of device before."""
     path = RESULTS / f"gpu_decode_{device_name()}.json"
-    content = json.loads(path.read_text()) if path.exists() else {"settings": {}, "results": []}
-    return content["settings"], content["results"]
+    return json.loads(path.read_text())["results"] if path.exists() else []
 
 
-def random_model(name: str) -> Iterator[dict[str, Any]]:
-    with torch.device("cuda"):
-        dense = AutoModelForCausalLM.from_config(MODELS[name], dtype=DTYPE).eval()
-    groups = input_groups(dense)
-    yield {"method": "dense", "loop": "generate", "fire": 0.0, "ms": per_token(dense, loop=None)}
-    yield {"method": "dense", "loop": "engine", "fire": 0.0, **figures(dense)}
-    for method, fire, make in variants(main=name == "llama"):
-        model = twin(dense)
-        replace(model, groups, make)
-        open_gates(model, fire)
-        yield {"method": method, "loop": "engine", "fire": fire, **figures(model, fire)}
-        del model
+def random_model(name: str, fire: float) -> Iterator[dict[str, Any]]:
+    model = build(name)
+    groups = input_groups(model)
+    for loop in ("generate", "engine"):
+        yield {"method": "dense", "loop": loop, "fire": 0.0, **figures(model, prompt(), loop)}
+    del model
+    for method, share, make in variants(name == "llama", fire):
+        yield {"method": method, "loop": "engine", "fire": share, **attempt(replaced, name, groups, make, share)}
+    if TORCHAO and name == "llama":
+        yield {"method": "torchao int4", "loop": "generate, compiled", "fire": 0.0, **attempt(torchao, name)}
+
+
+def build(name: str) -> PreTrainedModel:
+    gc.collect()  # the model before, whose memory is needed
+    torch.cuda.empty_cache()
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(MODELS[name], dtype=DTYPE).eval()
+
+
+def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What it measures; or its error, so that the other variants still run."""
+    try:
+        return measure(*arguments)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def replaced(name: str, groups: list[tuple[str, ...]], make: Make, fire: float) -> dict[str, Any]:
+    model = build(name)
+    replace(model, groups, make)
+    open_gates(model, fire)
+    return figures(model, prompt(), "engine")
 
 
 def replace(model: PreTrainedModel, groups: list[tuple[str, ...]], make: Make) -> None:
-    """Put random groups in place of all linears."""
+    """Put random groups in place of all linears, each dense weight going as its group comes."""
     modules = linears(model)
     for names in groups:
-        sizes = [shape(modules[name])[0] for name in names]
-        group = make(sum(sizes), shape(modules[names[0]])[1])
+        members = [modules.pop(name) for name in names]
+        group = make(sum(shape(member)[0] for member in members), shape(members[0])[1])
         start = 0
-        for name, size in zip(names, sizes, strict=True):
-            model.set_submodule(name, GroupedLinear(group, start, start + size, modules[name].bias))
-            start += size
+        for name, member in zip(names, members, strict=True):
+            stop = start + shape(member)[0]
+            model.set_submodule(name, GroupedLinear(group, start, stop, cast(Any, member.bias)))
+            start = stop
 
 
 def open_gates(model: PreTrainedModel, fire: float) -> None:
-    """Set channel thresholds so that this share of what a random text sends is open."""
+    """Set channel thresholds so that this share of what the model's own text sends to a group is open."""
 
-    def set_threshold(group: QuantizedGroup, args: tuple[torch.Tensor, ...]) -> None:
+    def set_threshold(group: QuantizedGroup, args: tuple[Tensor, ...]) -> None:
         assert group.refinement is not None
         group.refinement.gate.threshold.fill_(args[0].abs().float().quantile(1 - fire))
 
     refined = [m for m in model.modules() if isinstance(m, QuantizedGroup) and m.refinement is not None]
-    handles = [group.register_forward_pre_hook(set_threshold) for group in refined]
+    if not refined:
+        return
+    text = generate(model, prompt(), MANY, "engine")
     with torch.inference_mode():
-        model(torch.randint(5, 1000, (1, PROMPT), device="cuda"))
+        read_again = rereader(model, text)
+        handles = [group.register_forward_pre_hook(set_threshold) for group in refined]
+        read_again()
     for handle in handles:
         handle.remove()
 
 
-def figures(model: PreTrainedModel, fire: float = 0.0) -> dict[str, Any]:
-    """Time per token, with everything and of the graph alone, and the bytes of weights that a token reads."""
-    ms = per_token(model, loop=decode.decode)
-    capture = decode._captures[model][1]
+def rereader(model: PreTrainedModel, text: Tensor) -> Callable[[], Any]:
+    """What runs the tokens after the prompt once more, in one call; the prompt is read at once."""
+    cache = model(text[:, :PROMPT]).past_key_values
+    return functools.partial(model, text[:, PROMPT:], past_key_values=cache)
+
+
+def torchao(name: str) -> dict[str, Any]:
+    """4 bits in groups of 64 in the layout of torch's own kernel."""
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    model = build(name)
+    chosen = set(linears(model).values())
+    config = Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
+    quantize_(model, config, filter_fn=lambda module, _: module in chosen)
+    return {"ms": per_token(model, prompt(), "generate, compiled")}
+
+
+def figures(model: PreTrainedModel, ids: Tensor, loop: str) -> dict[str, Any]:
+    """Time per token, with everything and of the graph alone; memory; what its text reads, and how many gates it opens.
+
+    Gates and bytes are of the tokens that follow the prompt `ids`.
+    """
+    text = generate(model, ids, MANY, loop)  # the first time: compiles and records
+    torch.cuda.reset_peak_memory_stats()
+    result = {"ms": per_token(model, ids, loop), "peak_bytes": torch.cuda.max_memory_allocated()}
+    if loop == "engine":
+        result["graph_ms"] = 1e3 * replay(graph_of(model))
+    with torch.inference_mode():
+        read_again = rereader(model, text)
+        with record_gates(model) as gates:
+            read_again()
+    reads = weight_reads(model, gates)
+    result["bytes"] = reads.converted + reads.other
+    if gates:
+        result["opened"] = statistics.fmean(log.rate for log in gates.values())
+    return result
+
+
+def graph_of(model: PreTrainedModel) -> torch.cuda.CUDAGraph:
+    _, capture = decode._captures.get(model, (None, None))
     if capture is None:
-        raise SystemExit(f"{type(model).__name__} was not captured")
-    graph = cast(Any, capture.bind).__self__.graph
-    head = model.get_output_embeddings()
-    groups = {id(shared_part(layer)): shared_part(layer) for _, layer in converted_layers(model)}
-    nbytes = sum(read_bytes(cast(Any, group), fires(group, fire)) for group in groups.values())
-    nbytes += sum(cast(Any, module.weight).nbytes for module in (*linears(model).values(), head))
-    return {"ms": ms, "graph_ms": 1e3 * replay(graph), "bytes": nbytes}
-
-
-def fires(group: Any, fire: float) -> float:
-    return float(group.subspace.eps == 0) if isinstance(group, GatedGroup) else fire
+        raise RuntimeError(f"{type(model).__name__} was not captured")
+    graph: torch.cuda.CUDAGraph = cast(Any, capture.bind).__self__.graph
+    return graph
 
 
 def replay(graph: torch.cuda.CUDAGraph, times: int = 50) -> float:
@@ -189,9 +252,8 @@ def replay(graph: torch.cuda.CUDAGraph, times: int = 50) -> float:
     return (time.perf_counter() - start) / times
 
 
-def per_token(model: PreTrainedModel, loop: Callable[..., Any] | None) -> float:
+def per_token(model: PreTrainedModel, ids: Tensor, loop: str) -> float:
     """Milliseconds."""
-    ids = torch.randint(5, 1000, (1, PROMPT), device="cuda")
 
     def seconds(new: int) -> float:
         torch.cuda.synchronize()
@@ -200,19 +262,22 @@ def per_token(model: PreTrainedModel, loop: Callable[..., Any] | None) -> float:
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    seconds(4)
     return 1e3 * statistics.median(seconds(MANY) - seconds(FEW) for _ in range(3)) / (MANY - FEW)
 
 
-def generate(model: PreTrainedModel, ids: torch.Tensor, new: int, loop: Callable[..., Any] | None) -> torch.Tensor:
-    out: torch.Tensor = cast(Any, model).generate(
+def prompt() -> Tensor:
+    return torch.randint(5, 250, (1, PROMPT), device=DEVICE)
+
+
+def generate(model: PreTrainedModel, ids: Tensor, new: int, loop: str) -> Tensor:
+    out: Tensor = cast(Any, model).generate(
         ids,
         attention_mask=torch.ones_like(ids),
         min_new_tokens=new,
         max_new_tokens=new,
         do_sample=False,
         pad_token_id=0,
-        **({} if loop is None else {"custom_generate": loop}),
+        **LOOPS[loop],
     )
     return out
 
@@ -220,19 +285,23 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, new: int, loop: Callable
 def smollm2(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The real model: does float32 say what generate() says; how fast is each method in bfloat16."""
     opened = open_dense(arguments.model)
-    prompts = opened.windows(str(arguments.text / "test.txt"), 20 * PROMPT, PROMPT).cuda()
-    wide = opened.model.cuda()
-    same = sum(torch.equal(*(generate(wide, p[None], 100, loop) for loop in (None, decode.decode))) for p in prompts)
-    yield {"method": "dense", "loop": "engine, float32", "fire": 0.0, "same_text": same, **figures(wide)}
-    dense = copy.deepcopy(wide).to(DTYPE)
-    yield {"method": "dense", "loop": "generate", "fire": 0.0, "ms": per_token(dense, loop=None)}
-    yield {"method": "dense", "loop": "engine", "fire": 0.0, **figures(dense)}
-    stats = calibrate(dense, opened.windows(str(arguments.text / "valid.txt"), 16_384, 512), sensitivity=True)
-    for method in (Int8Config(), Int4Config(), LRQConfig(refine=0.0), LRQConfig(refine=0.05), LRQConfig(refine=0.2)):
-        model = twin(dense)
+    model = opened.model.to(DEVICE)
+    prompts = opened.windows(str(arguments.text / "test.txt"), PROMPTS * PROMPT, PROMPT).to(DEVICE)
+    same = sum(torch.equal(*(generate(model, p[None], SAME, loop) for loop in ("generate", "engine"))) for p in prompts)
+    for dtype in ("float32", "bfloat16"):
+        model.to(getattr(torch, dtype))
+        for loop in ("generate", "engine"):
+            compared = {"same_text": [same, len(prompts)]} if (dtype, loop) == ("float32", "engine") else {}
+            row = {"method": "dense", "loop": loop, "dtype": dtype, "fire": 0.0, **compared}
+            yield {**row, **figures(model, prompts[:1], loop)}
+    windows = opened.windows(str(arguments.text / "valid.txt"), CALIBRATION_TOKENS, CONTEXT)
+    stats = calibrate(model, windows, sensitivity=True)
+    dense = model.cpu()
+    for method in (Int8Config(), Int4Config(), *(LRQConfig(rank=16, refine=share) for share in (0.0, 0.05, 0.2))):
+        model = copy.deepcopy(dense).to(DEVICE)
         convert_(model, method, stats)
-        fire = float(getattr(method, "refine", 0.0))
-        yield {"method": method.name, "loop": "engine", "fire": fire, **figures(model, fire)}
+        row = {"method": method.name, "loop": "engine", "dtype": "bfloat16"}
+        yield {**row, "fire": float(getattr(method, "refine", 0.0)), **figures(model, prompts[:1], "engine")}
 
 
 if __name__ == "__main__":
