@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import render_gpu
 from matplotlib.figure import Figure
 
 from rankgate.tables import HEADERS, describe, markdown, row
@@ -25,6 +26,8 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
     plot_reads(load("foundation")).savefig(ROOT / "docs" / "foundation.png", dpi=120)
     plot_curve(load("curve"), load("speed")).savefig(ROOT / "docs" / "curve.png", dpi=120)
+    if kernels := of_devices("gpu_kernels"):
+        render_gpu.plot_roofline(kernels).savefig(ROOT / "docs" / "roofline.png", dpi=120)
 
 
 def documents() -> dict[Path, str]:
@@ -44,6 +47,7 @@ def documents() -> dict[Path, str]:
                 literature(load("foundation")),
                 memory(load("memory")),
                 costs(load("calibration")),
+                *gpus(),
             )
         ),
     }
@@ -52,6 +56,22 @@ def documents() -> dict[Path, str]:
 def load(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     return content
+
+
+def of_devices(name: str) -> list[dict[str, Any]]:
+    """The results called `name` of every GPU that was measured on."""
+    return [load(path.stem) for path in sorted((ROOT / "benchmarks" / "results").glob(f"{name}_*.json"))]
+
+
+def gpus() -> list[str]:
+    """Sections, as far as there are results."""
+    kernels, decoding = of_devices("gpu_kernels"), of_devices("gpu_decode")
+    plot = ["![bandwidth against bytes read, for each kernel](roofline.png)\n"] if kernels else []
+    return [
+        *(render_gpu.kernels(content, source(content)) for content in kernels),
+        *plot,
+        *(render_gpu.decoding(content, source(content)) for content in decoding),
+    ]
 
 
 def overview(curve: dict[str, Any], measured: dict[str, Any]) -> str:
