@@ -123,7 +123,7 @@ def kernel(group: GatedGroup | QuantizedGroup, x: Tensor) -> Callable[[], Tensor
     if isinstance(group, GatedGroup):
         return lambda: group(x)
     spread = quantized_gpu.spread(x, group.base.bits)
-    return lambda: torch.ops.rankgate.quantized_gemv.spread(x, spread, group.parts)
+    return lambda: torch.ops.rankgate.quantized_gemv.spread(spread, group.parts)
 
 
 def row(name: str, m: int, n: int, batch: int, fire: float, us: float, nbytes: float, **more: int) -> dict[str, Any]:

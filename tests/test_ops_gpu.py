@@ -34,7 +34,8 @@ def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
 
 
 def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
-    return quantized_gpu.gemv(x, quantized_gpu.spread(x, quantized.base.bits), *quantized.parts)
+    y = quantized_gpu.gemv(quantized_gpu.spread(x, quantized.base.bits), *quantized.parts)
+    return y.view(*x.shape[:-1], quantized.m)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

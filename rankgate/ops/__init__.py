@@ -38,10 +38,10 @@ def _gemv_of(x: Tensor, parts: list[Tensor | None]) -> Tensor:
     return cpu.gemv(x, table.ctypes.data, int(table[cpu.M]))
 
 
-def _gemv_gpu(x: Tensor, spread: Tensor, parts: list[Any]) -> Tensor:
+def _gemv_gpu(spread: Tensor, parts: list[Any]) -> Tensor:
     from rankgate.ops import quantized_gpu
 
-    return quantized_gpu.gemv(x, spread, *parts)
+    return quantized_gpu.gemv(spread, *parts)
 
 
 def _gated(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -> Tensor:
@@ -75,9 +75,9 @@ _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], 
 _library.define("quantized_gemv.parts(Tensor x, Tensor?[] parts) -> Tensor")
 _library.impl("quantized_gemv.parts", _gemv_of, "CPU")
 _library.impl("quantized_gemv.parts", lambda x, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
-_library.define("quantized_gemv.spread(Tensor x, Tensor spread, Tensor?[] parts) -> Tensor")
+_library.define("quantized_gemv.spread(Tensor spread, Tensor?[] parts) -> Tensor")
 _library.impl("quantized_gemv.spread", _gemv_gpu, "CUDA")
-_library.impl("quantized_gemv.spread", lambda x, _, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
+_library.impl("quantized_gemv.spread", lambda x, parts: x.new_empty((len(x), parts[0].shape[0])), "Meta")
 _library.define("gated(Tensor x, Tensor B, Tensor A, Tensor? W, float? eps) -> Tensor")
 _library.impl("gated", _gated, "CPU")
 _library.impl("gated", _gated_gpu, "CUDA")
@@ -119,6 +119,6 @@ def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
     if here and few and x.dtype != torch.float64 and has_triton(x.device):
         from rankgate.ops import quantized_gpu
 
-        y = torch.ops.rankgate.quantized_gemv.spread(x, quantized_gpu.spread(x, group.base.bits), group.parts)
-        return y
+        y = torch.ops.rankgate.quantized_gemv.spread(quantized_gpu.spread(x, group.base.bits), group.parts)
+        return y.view(*x.shape[:-1], group.m)
     return group.reference(x)

@@ -34,21 +34,46 @@ TOGETHER = 64  # open channels that a program of `_refine` reads together
 
 
 @triton.jit
-def _project(x, B, factor, low, chunk, n, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr):
+def _inputs_at(spread, token, j, n, blocks, BITS: tl.constexpr):
+    """x_j of one token, as float32; zero beyond n."""
+    half: tl.constexpr = 8 * BITS  # inputs whose codes are the same nibbles
+    lane = j % 64 // half * 4 + j % 4
+    place = lane * (blocks * 2 * BITS) + j // 64 * (2 * BITS) + j % half // 4
+    return tl.load(spread + token * (64 * blocks) + place, mask=j < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _project(
+    spread, B, factor, low, chunk, n, blocks, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr
+):
     """low[chunk, token, rank] = s · B x over the inputs of one chunk."""
     j, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, RANK)
     b = tl.load(B + r[:, None] * n + j, mask=(r[:, None] < rank) & (j < n), other=0).to(tl.float32)
     s = tl.load(factor + r, mask=r < rank, other=0.0)
     for token in range(tokens):
-        v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
+        v = _inputs_at(spread, token, j, n, blocks, BITS)
         tl.store(low + (chunk * tokens + token) * RANK + r, tl.sum(b * v, 1) * s)
 
 
 @triton.jit
-def _list(x, column, threshold, channels, scaled, counts, listing, lists, token, n, LISTING: tl.constexpr):
+def _list(
+    spread,
+    column,
+    threshold,
+    channels,
+    scaled,
+    counts,
+    listing,
+    lists,
+    token,
+    n,
+    blocks,
+    LISTING: tl.constexpr,
+    BITS: tl.constexpr,
+):
     """The open channels of one token among LISTING, in order, and x_j column_j of each."""
     j = listing * LISTING + tl.arange(0, LISTING)
-    v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
+    v = _inputs_at(spread, token, j, n, blocks, BITS)
     t = tl.load(threshold + j, mask=j < n, other=float("inf")).to(tl.float32)
     c = tl.load(column + j, mask=j < n, other=0.0).to(tl.float32)
     opened = (tl.abs(v) > t).to(tl.int32)
@@ -60,7 +85,7 @@ def _list(x, column, threshold, channels, scaled, counts, listing, lists, token,
 
 @triton.jit
 def _produce(
-    x,
+    spread,
     B,
     factor,
     column,
@@ -71,12 +96,14 @@ def _produce(
     counts,
     tokens,
     n,
+    blocks,
     rank,
     lists,
     RANK: tl.constexpr,
     REFINED: tl.constexpr,
     CHUNK: tl.constexpr,
     LISTING: tl.constexpr,
+    BITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
@@ -84,10 +111,25 @@ def _produce(
     pid, listings = tl.program_id(0), lists * tokens
     if pid < listings:
         if REFINED:
-            _list(x, column, threshold, channels, scaled, counts, pid // tokens, lists, pid % tokens, n, LISTING)
+            listing, token = pid // tokens, pid % tokens
+            _list(
+                spread,
+                column,
+                threshold,
+                channels,
+                scaled,
+                counts,
+                listing,
+                lists,
+                token,
+                n,
+                blocks,
+                LISTING,
+                BITS,
+            )
     else:
         if RANK > 0:
-            _project(x, B, factor, low, pid - listings, n, tokens, rank, RANK, CHUNK)
+            _project(spread, B, factor, low, pid - listings, n, blocks, tokens, rank, RANK, CHUNK, BITS)
 
 
 @triton.jit
@@ -303,7 +345,6 @@ def spread(x: Tensor, bits: int) -> Tensor:
 
 
 def gemv(
-    x: Tensor,
     spread: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -316,33 +357,35 @@ def gemv(
     column: Tensor | None,
     threshold: Tensor | None,
 ) -> Tensor:
-    """y (…, m) in the dtype of x (…, n), at most 8 tokens; for spread see `spread`.
+    """y (tokens, m), of at most 8 tokens, from x in the order of `spread`.
 
     The tensors are those of a `QuantizedGroup`: base (codes, scale, zero), low rank (A, B, factor; or all None) and
     refinement (plane, row, column, threshold; or all None).
     """
-    x = x.contiguous()
-    m, n, tokens = len(codes), x.shape[-1], x.numel() // x.shape[-1]
-    overlap = overlaps(x.device)
-    y = x.new_empty((*x.shape[:-1], m))
+    spread = spread.contiguous()
+    (m, blocks), tokens, bits = scale.shape, len(spread), 4 if codes.dtype == torch.uint8 else 8
+    overlap = overlaps(spread.device)
+    y = spread.new_empty((tokens, m))
     extra, parts = None, 0
     if B is not None or plane is not None:
-        rank = 0 if B is None else len(B)
+        rank, n = B.shape if B is not None else (0, 0)
+        n = len(column) if column is not None else n
         chunks = triton.cdiv(n, CHUNK) if rank else 0
         lists = 0 if plane is None else triton.cdiv(n, LISTING)
         padded_rank = triton.next_power_of_2(rank) if rank else 0
         strips = triton.cdiv(m, 128)
         some = triton.next_power_of_2(triton.cdiv(max(1, lists), max(1, REFINERS // strips)))  # lists of a program
         parts = triton.cdiv(max(1, lists), some)
-        low = x.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
-        channels = x.new_empty(lists * tokens * LISTING, dtype=torch.int32)
-        scaled = x.new_empty(lists * tokens * LISTING, dtype=torch.float32)
-        counts = x.new_empty(lists * tokens, dtype=torch.int32)
-        extra = x.new_empty(parts * tokens * m, dtype=torch.float32)
+        low = spread.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
+        channels = spread.new_empty(lists * tokens * LISTING, dtype=torch.int32)
+        scaled = spread.new_empty(lists * tokens * LISTING, dtype=torch.float32)
+        counts = spread.new_empty(lists * tokens, dtype=torch.int32)
+        extra = spread.new_empty(parts * tokens * m, dtype=torch.float32)
         common = {"RANK": padded_rank, "REFINED": plane is not None, "LISTING": LISTING, "OVERLAP": overlap}
         _produce[chunks + lists * tokens,](
-            *(x, B, factor, column, threshold, low, channels, scaled, counts, tokens, n, rank, lists),
+            *(spread, B, factor, column, threshold, low, channels, scaled, counts, tokens, n, blocks, rank, lists),
             CHUNK=CHUNK,
+            BITS=bits,
             **common,
         )
         _refine[strips * tokens * parts,](
@@ -355,10 +398,10 @@ def gemv(
             **common,
         )
     batch = triton.next_power_of_2(tokens)
-    rows, groups, warps = _tiles(m, n, batch)
+    rows, groups, warps = _tiles(m, blocks, bits, batch)
     _multiply[triton.cdiv(m, rows),](
-        *(spread, y, codes, scale, zero, extra, tokens, m, scale.shape[1], ONE),
-        BITS=4 if codes.dtype == torch.uint8 else 8,
+        *(spread, y, codes, scale, zero, extra, tokens, m, blocks, ONE),
+        BITS=bits,
         ZERO=zero is not None,
         BATCH=batch,
         ROWS=rows,
@@ -376,12 +419,12 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
 
 
-def _tiles(m: int, n: int, batch: int) -> tuple[int, int, int]:
+def _tiles(m: int, blocks: int, bits: int, batch: int) -> tuple[int, int, int]:
     """Rows and groups that a program of `_multiply` reads together, and its warps, as an H100 likes them."""
     if m >= 8192:
         rows, groups, warps = 64 if m >= 16384 else 32, 8, 4
     elif m >= 2048:
-        rows, groups, warps = 16, 32 if n >= 8192 else 16, 16 if n >= 8192 else 8
+        rows, groups, warps = (16, 32, 16) if blocks >= 128 else (16, 16, 8)
     else:
         rows, groups, warps = 8, 8, 4
-    return max(8, rows // batch), groups, warps
+    return min(rows, 128 // batch), groups * 4 // bits, warps  # as many words and registers whatever the bits and batch
