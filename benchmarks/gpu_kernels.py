@@ -118,12 +118,14 @@ def measured(
     return {**result, "speedup": dense["us"] / us, "theory": dense["bytes"] / result["bytes"]}
 
 
-def kernel(group: GatedGroup | QuantizedGroup, x: Tensor) -> Callable[[], Tensor]:
-    """The launches of a group, without putting x in the kernel's order: the compiler fuses that with what made x."""
+def kernel(group: GatedGroup | QuantizedGroup, x: Tensor) -> Callable[[], object]:
+    """The launches of a group, without what the compiler fuses with its neighbours: the order of x, the last sum."""
     if isinstance(group, GatedGroup):
         return lambda: group(x)
     spread = quantized_gpu.spread(x, group.base.bits)
-    return lambda: torch.ops.rankgate.quantized_gemv.spread(spread, group.parts)
+    if group.low_rank is None and group.refinement is None:
+        return lambda: torch.ops.rankgate.quantized_gemv.base(spread, *group.parts[:3])
+    return lambda: torch.ops.rankgate.quantized_gemv.refined(spread, group.parts)
 
 
 def row(name: str, m: int, n: int, batch: int, fire: float, us: float, nbytes: float, **more: int) -> dict[str, Any]:

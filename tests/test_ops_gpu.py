@@ -5,7 +5,7 @@ import torch
 from test_ops import FLOAT32_STEPS, group
 from torch import Tensor
 
-from rankgate.ops import attention_gpu, gated_gpu, quantized_gpu
+from rankgate.ops import attention_gpu, gated_gpu, quantized_gpu, refined_gpu
 from rankgate.ops.attention import attend_reference
 from rankgate.quantized import QuantizedGroup
 
@@ -34,8 +34,14 @@ def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
 
 
 def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
-    y = quantized_gpu.gemv(quantized_gpu.spread(x, quantized.base.bits), *quantized.parts)
-    return y.view(*x.shape[:-1], quantized.m)
+    """The kernels one after the other; on a GPU the operator runs them side by side."""
+    spread, parts = quantized_gpu.spread(x, quantized.base.bits), quantized.parts
+    y = quantized_gpu.gemv(spread, *parts[:3], torch.float32)
+    if parts[4] is not None or parts[6] is not None:
+        extra = refined_gpu.added(spread, quantized.base.bits, quantized.m, *parts[3:])
+        assert extra.shape[0] == refined_gpu.parts_of(quantized.m, quantized.n, parts[6] is not None)[0]
+        y += extra.sum(0)
+    return y.to(x.dtype).view(*x.shape[:-1], quantized.m)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
