@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from render_gpu import decoding, kernels, plot_roofline
 
 from rankgate.tables import HEADERS, describe, markdown, row
 from rankgate.tables import number as short
@@ -25,6 +26,7 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
     plot_reads(load("foundation")).savefig(ROOT / "docs" / "foundation.png", dpi=120)
     plot_curve(load("curve"), load("speed")).savefig(ROOT / "docs" / "curve.png", dpi=120)
+    plot_roofline(load("gpu_kernels_h100")).savefig(ROOT / "docs" / "roofline.png", dpi=120)
 
 
 def documents() -> dict[Path, str]:
@@ -44,9 +46,20 @@ def documents() -> dict[Path, str]:
                 literature(load("foundation")),
                 memory(load("memory")),
                 costs(load("calibration")),
+                *gpu(),
             )
         ),
     }
+
+
+def gpu() -> list[str]:
+    """Decoding on every kind of GPU that was measured, then the kernels."""
+    parts = []
+    for kind, section in (("gpu_decode", decoding), ("gpu_kernels", kernels)):
+        for path in sorted((ROOT / "benchmarks" / "results").glob(f"{kind}_*.json")):
+            content = load(path.stem)
+            parts.append(section(content, source(content)))
+    return parts
 
 
 def load(name: str) -> dict[str, Any]:
