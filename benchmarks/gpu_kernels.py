@@ -84,6 +84,8 @@ def quantised(m: int, n: int) -> Iterator[dict[str, Any]]:
     x = noise(1, n)
     dense = dense_row(m, n, x)
     yield dense
+    if n % 128 == 0:
+        yield torch_int4(m, n, x, dense)
     for name, options, fire in (
         ("int8", {"bits": 8}, 0.0),
         ("int4", {}, 0.0),
@@ -97,6 +99,19 @@ def quantised(m: int, n: int) -> Iterator[dict[str, Any]]:
             for batch in (4, 8):
                 many = noise(batch, n)
                 yield measured(name, groups, many, fire, dense_row(m, n, many))
+
+
+def torch_int4(m: int, n: int, x: Tensor, dense: dict[str, Any]) -> dict[str, Any]:
+    """What torchao's int4 calls on a GPU, in groups of 64."""
+    pack, multiply = torch.ops.aten._convert_weight_to_int4pack, torch.ops.aten._weight_int4pack_mm
+
+    def make() -> tuple[Tensor, Tensor]:
+        return pack(torch.randint(0, 256, (m, n // 2), device="cuda").to(torch.uint8), 8), noise(n // 64, m, 2)
+
+    weights = rotate(make, m * n / 2)
+    us = microseconds([lambda W=W, s=s: multiply(x, W, 64, s) for W, s in weights])  # type: ignore[misc]
+    result = row("torch int4", m, n, len(x), 0.0, us, sum(t.nbytes for t in weights[0]))
+    return {**result, "speedup": dense["us"] / us, "theory": dense["bytes"] / result["bytes"]}
 
 
 def dense_row(m: int, n: int, x: Tensor) -> dict[str, Any]:

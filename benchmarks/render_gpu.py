@@ -24,13 +24,13 @@ def kernels(content: dict[str, Any], source: str) -> str:
     return f"""## GPU kernels on an {name(content)}
 
 One launch of an input group at batch 1 (and a few more), bfloat16, random weights that come from memory. *of the
-ceiling*: bytes per second over what a copy on the same device moves, {ceiling:.2f} TB/s counting reads and writes;
-*x cuBLAS*: against `F.linear` in the same run; *of theory*: that over what the bytes alone would give. {source}
+ceiling*: bytes per second over what a copy on the same device moves, {ceiling:.2f} TB/s counting reads and writes (only to
+read can be faster); *x cuBLAS*: against `F.linear` in the same run; *of theory*: that over what the bytes alone would give. {source}
 
 {markdown(("method", "m x n", "gate open", "batch", "µs", "TB/s", "of the ceiling", "x cuBLAS", "of theory"), rows)}
 
-Largest relative error against float64 over odd shapes and batches of 1, 3 and 8, beside that of torch on the same weights
-unpacked to the same dtype:
+Largest relative error against float64 over odd shapes and batches of 1, 3 and 8, beside that of torch on the same
+weights unpacked to the same dtype:
 
 {markdown(("method", "dtype", "error", "torch"), errors)}
 """
