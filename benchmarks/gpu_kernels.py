@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankgate.core import GatedGroup
-from rankgate.ops import quantized_gpu
 from rankgate.quantized import QuantizedGroup
 
 SQUARE = ((16384, 4096), (4096, 16384), (28672, 8192))  # of the weight-decomposition and subspace papers' models
@@ -134,13 +133,12 @@ def measured(
 
 
 def kernel(group: GatedGroup | QuantizedGroup, x: Tensor) -> Callable[[], object]:
-    """The launches of a group, without what the compiler fuses with its neighbours: the order of x, the last sum."""
+    """The launches of a group, without the last sum: the compiler fuses it with what is done to y."""
     if isinstance(group, GatedGroup):
         return lambda: group(x)
-    spread = quantized_gpu.spread(x, group.base.bits)
     if group.low_rank is None and group.refinement is None:
-        return lambda: torch.ops.rankgate.quantized_gemv.base(spread, *group.parts[:3])
-    return lambda: torch.ops.rankgate.quantized_gemv.refined(spread, group.parts)
+        return lambda: torch.ops.rankgate.quantized_gemv.base(x, *group.parts[:3])
+    return lambda: torch.ops.rankgate.quantized_gemv.refined(x, group.parts)
 
 
 def row(name: str, m: int, n: int, batch: int, fire: float, us: float, nbytes: float, **more: int) -> dict[str, Any]:

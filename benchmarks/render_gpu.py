@@ -23,9 +23,10 @@ def kernels(content: dict[str, Any], source: str) -> str:
     errors = [(*key, f"{error:.1e}", f"{torch:.1e}") for key, (error, torch) in worst.items()]
     return f"""## GPU kernels on an {name(content)}
 
-One launch of an input group at batch 1 (and a few more), bfloat16, random weights that come from memory. *of the
-ceiling*: bytes per second over what a copy on the same device moves, {ceiling:.2f} TB/s counting reads and writes (only to
-read can be faster); *x cuBLAS*: against `F.linear` in the same run; *of theory*: that over what the bytes alone would give. {source}
+An input group at batch 1 (and a few more), bfloat16, random weights that come from memory. *of the ceiling*: bytes per
+second over what a copy on the same device moves, {ceiling:.2f} TB/s counting reads and writes (only to read can be
+faster); *x cuBLAS*: against `F.linear` in the same run; *of theory*: that over what the bytes alone would give.
+{source}
 
 {markdown(("method", "m x n", "gate open", "batch", "µs", "TB/s", "of the ceiling", "x cuBLAS", "of theory"), rows)}
 

@@ -35,10 +35,10 @@ def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
 
 def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
     """The kernels one after the other; on a GPU the operator runs them side by side."""
-    spread, parts = quantized_gpu.spread(x, quantized.base.bits), quantized.parts
-    y = quantized_gpu.gemv(spread, *parts[:3], torch.float32)
+    rows, parts = x.reshape(-1, quantized.n), quantized.parts
+    y = quantized_gpu.gemv(rows, *parts[:3], torch.float32)
     if parts[4] is not None or parts[6] is not None:
-        extra = refined_gpu.added(spread, quantized.base.bits, quantized.m, *parts[3:])
+        extra = refined_gpu.added(rows, quantized.m, *parts[3:])
         assert extra.shape[0] == refined_gpu.parts_of(quantized.m, quantized.n, parts[6] is not None)[0]
         y += extra.sum(0)
     return y.to(x.dtype).view(*x.shape[:-1], quantized.m)

@@ -45,22 +45,21 @@ def _gemv_of(x: Tensor, parts: list[Tensor | None]) -> Tensor:
     return cpu.gemv(x, table.ctypes.data, int(table[cpu.M]))
 
 
-def _base_gpu(spread: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def _base_gpu(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     from rankgate.ops import quantized_gpu
 
-    return quantized_gpu.gemv(spread, codes, scale, zero, spread.dtype)
+    return quantized_gpu.gemv(x, codes, scale, zero, x.dtype)
 
 
-def _refined_gpu(spread: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
+def _refined_gpu(x: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
     from rankgate.ops import quantized_gpu, refined_gpu
 
     codes, scale, zero, *rest = parts
-    bits = 4 if codes.dtype == torch.uint8 else 8
-    main, beside = torch.cuda.current_stream(spread.device), _beside(spread.device)
+    main, beside = torch.cuda.current_stream(x.device), _beside(x.device)
     beside.wait_stream(main)
     with torch.cuda.stream(beside):
-        extra = refined_gpu.added(spread, bits, len(codes), *rest)
-    y = quantized_gpu.gemv(spread, codes, scale, zero, torch.float32)
+        extra = refined_gpu.added(x, len(codes), *rest)
+    y = quantized_gpu.gemv(x, codes, scale, zero, torch.float32)
     main.wait_stream(beside)
     return y, extra
 
@@ -71,12 +70,11 @@ def _beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _refined_shapes(spread: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
+def _refined_shapes(x: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
     from rankgate.ops import refined_gpu
 
-    m, n = len(parts[0]), parts[4].shape[1] if parts[9] is None else len(parts[9])
-    count, _ = refined_gpu.parts_of(m, n, parts[6] is not None)
-    y = spread.new_empty((len(spread), m), dtype=torch.float32)
+    y = x.new_empty((len(x), len(parts[0])), dtype=torch.float32)
+    count, _ = refined_gpu.parts_of(y.shape[1], x.shape[1], parts[6] is not None)
     return y, y.new_empty((count, *y.shape))
 
 
@@ -111,10 +109,10 @@ _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], 
 _library.define("quantized_gemv.parts(Tensor x, Tensor?[] parts) -> Tensor")
 _library.impl("quantized_gemv.parts", _gemv_of, "CPU")
 _library.impl("quantized_gemv.parts", lambda x, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
-_library.define("quantized_gemv.base(Tensor spread, Tensor codes, Tensor scale, Tensor? zero) -> Tensor")
+_library.define("quantized_gemv.base(Tensor x, Tensor codes, Tensor scale, Tensor? zero) -> Tensor")
 _library.impl("quantized_gemv.base", _base_gpu, "CUDA")
 _library.impl("quantized_gemv.base", lambda x, codes, *_: x.new_empty((len(x), len(codes))), "Meta")
-_library.define("quantized_gemv.refined(Tensor spread, Tensor?[] parts) -> (Tensor, Tensor)")
+_library.define("quantized_gemv.refined(Tensor x, Tensor?[] parts) -> (Tensor, Tensor)")
 _library.impl("quantized_gemv.refined", _refined_gpu, "CUDA")
 _library.impl("quantized_gemv.refined", _refined_shapes, "Meta")
 _library.define("gated(Tensor x, Tensor B, Tensor A, Tensor? W, float? eps) -> Tensor")
@@ -156,13 +154,11 @@ def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
             return y
         return group.reference(x, cpu.dequantize(group.base))
     if here and few and x.dtype != torch.float64 and has_triton(x.device):
-        from rankgate.ops import quantized_gpu
-
-        spread = quantized_gpu.spread(x, group.base.bits)
+        rows = x.reshape(-1, group.n)
         if group.low_rank is None and group.refinement is None:
-            y = torch.ops.rankgate.quantized_gemv.base(spread, *group.parts[:3])
+            y = torch.ops.rankgate.quantized_gemv.base(rows, *group.parts[:3])
         else:  # the sum apart from the kernels, so that a compiler can fuse it with what is done to y
-            whole, extra = torch.ops.rankgate.quantized_gemv.refined(spread, group.parts)
+            whole, extra = torch.ops.rankgate.quantized_gemv.refined(rows, group.parts)
             y = (whole + extra.sum(0)).to(x.dtype)
         return y.view(*x.shape[:-1], group.m)
     return group.reference(x)

@@ -40,14 +40,33 @@ def _byte(q, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _inputs(spread, place, inside, size, LANE: tl.constexpr):
-    """The inputs (BATCH × 1 × WORDS) that belong to one lane of the words."""
-    return tl.load(spread + place + LANE * size, mask=inside, other=0.0).to(tl.float32)
+def _four(x, at, inside):
+    """x at 4 at … 4 at + 3, as four float32 tensors: loaded in one piece where they fit into 64 bits."""
+    if x.dtype.element_ty.primitive_bitwidth == 32:
+        x0 = tl.load(x + 4 * at, mask=inside, other=0.0)
+        x1 = tl.load(x + 4 * at + 1, mask=inside, other=0.0)
+        x2 = tl.load(x + 4 * at + 2, mask=inside, other=0.0)
+        x3 = tl.load(x + 4 * at + 3, mask=inside, other=0.0)
+    else:
+        packed = tl.load(x.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
+        x0, x1 = _two(packed.to(tl.int32), x.dtype.element_ty)
+        x2, x3 = _two((packed >> 32).to(tl.int32), x.dtype.element_ty)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _two(packed, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
+        first, second = (packed << 16).to(tl.float32, bitcast=True), (packed & -65536).to(tl.float32, bitcast=True)
+    else:
+        first = packed.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        second = (packed >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return first, second
 
 
 @triton.jit
 def _multiply(
-    spread,
+    x,
     out,
     codes,
     scale,
@@ -64,7 +83,6 @@ def _multiply(
 ):
     """out = Q x for some rows and all tokens."""
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
-    LANES: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = GROUPS * PER
     words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER
     batch, rows = tl.arange(0, BATCH)[:, None], tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -75,16 +93,10 @@ def _multiply(
         q = tl.load(words + row * size + w, mask=w < size, other=0)
         block = row * blocks + tl.minimum(start + tl.arange(0, GROUPS), blocks - 1)[None, None, :]
         s = tl.load(scale + block).to(tl.float32)
-        place, inside = token * (LANES * size) + w, w < size
-        x0 = _inputs(spread, place, inside, size, 0)
-        x1 = _inputs(spread, place, inside, size, 1)
-        x2 = _inputs(spread, place, inside, size, 2)
-        x3 = _inputs(spread, place, inside, size, 3)
+        first = token * (16 * blocks) + w // PER * 16 + w % PER  # of the fours of inputs: 16 in a group
+        x0, x1, x2, x3 = _four(x, first, w < size)
         if BITS == 4:
-            x4 = _inputs(spread, place, inside, size, 4)
-            x5 = _inputs(spread, place, inside, size, 5)
-            x6 = _inputs(spread, place, inside, size, 6)
-            x7 = _inputs(spread, place, inside, size, 7)
+            x4, x5, x6, x7 = _four(x, first + 8, w < size)
             low, high = (x0 + x1) + (x2 + x3), (x4 + x5) + (x6 + x7)
             v = low + high
             offset = low + 16 * high
@@ -115,25 +127,14 @@ def _multiply(
     tl.store(out + place, tl.sum(total, 2).to(out.dtype.element_ty), mask=inside)
 
 
-def spread(x: Tensor, bits: int) -> Tensor:
-    """x (…, n) in the order in which the kernel multiplies: (tokens, lanes, ⌈n / 64⌉ 2 bits).
-
-    A word of codes has 32 / bits lanes: first the low nibbles of its bytes, then the high ones, or the bytes. All
-    words' inputs of one lane lie side by side. Apart from the kernel, so that a compiler can fuse it with what made x.
-    """
-    padded = F.pad(x.flatten(0, -2), (0, -x.shape[-1] % 64))
-    groups = padded.unflatten(-1, (-1, 8 // bits, 2 * bits, 4))  # token, group, nibble, word, byte
-    return groups.permute(0, 2, 4, 1, 3).reshape(len(padded), 32 // bits, -1).contiguous()
-
-
-def gemv(spread: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Q x (tokens, m) in `dtype`, of at most 8 tokens, from x in the order of `spread` and the tensors of Q."""
-    (m, blocks), tokens, bits = scale.shape, len(spread), 4 if codes.dtype == torch.uint8 else 8
+def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Q x (tokens, m) in `dtype`, from at most 8 tokens x (tokens, n) and the tensors of Q."""
+    (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
     batch = triton.next_power_of_2(tokens)
     rows, groups, warps = _tiles(m, blocks, bits, batch)
-    y = spread.new_empty((tokens, m), dtype=dtype)
+    y = x.new_empty((tokens, m), dtype=dtype)
     _multiply[triton.cdiv(m, rows),](
-        *(spread.contiguous(), y, codes, scale, zero, tokens, m, blocks, ONE),
+        *(padded(x), y, codes, scale, zero, tokens, m, blocks, ONE),
         BITS=bits,
         ZERO=zero is not None,
         BATCH=batch,
@@ -142,6 +143,11 @@ def gemv(spread: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, dtyp
         num_warps=warps,
     )
     return y
+
+
+def padded(x: Tensor) -> Tensor:
+    """x (tokens, n) with n filled up to whole groups."""
+    return F.pad(x, (0, -x.shape[-1] % 64)).contiguous() if x.shape[-1] % 64 else x.contiguous()
 
 
 def _tiles(m: int, blocks: int, bits: int, batch: int) -> tuple[int, int, int]:

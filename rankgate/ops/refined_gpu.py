@@ -25,30 +25,19 @@ TOGETHER = 64  # open channels that one of them reads together
 
 
 @triton.jit
-def _inputs_at(spread, token, j, n, blocks, BITS: tl.constexpr):
-    """x_j of one token, as float32; zero beyond n."""
-    half: tl.constexpr = 8 * BITS  # inputs whose codes are the same nibbles
-    lane = j % 64 // half * 4 + j % 4
-    place = lane * (blocks * 2 * BITS) + j // 64 * (2 * BITS) + j % half // 4
-    return tl.load(spread + token * (64 * blocks) + place, mask=j < n, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _project(
-    spread, B, factor, low, chunk, n, blocks, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr
-):
+def _project(x, B, factor, low, chunk, n, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr):
     """low[chunk, token, rank] = s · B x over the inputs of one chunk."""
     j, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, RANK)
     b = tl.load(B + r[:, None] * n + j, mask=(r[:, None] < rank) & (j < n), other=0).to(tl.float32)
     s = tl.load(factor + r, mask=r < rank, other=0.0)
     for token in range(tokens):
-        v = _inputs_at(spread, token, j, n, blocks, BITS)
+        v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
         tl.store(low + (chunk * tokens + token) * RANK + r, tl.sum(b * v, 1) * s)
 
 
 @triton.jit
 def _list(
-    spread,
+    x,
     column,
     threshold,
     channels,
@@ -58,13 +47,11 @@ def _list(
     lists,
     token,
     n,
-    blocks,
     LISTING: tl.constexpr,
-    BITS: tl.constexpr,
 ):
     """The open channels of one token among LISTING, in order, and x_j column_j of each."""
     j = listing * LISTING + tl.arange(0, LISTING)
-    v = _inputs_at(spread, token, j, n, blocks, BITS)
+    v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
     t = tl.load(threshold + j, mask=j < n, other=float("inf")).to(tl.float32)
     c = tl.load(column + j, mask=j < n, other=0.0).to(tl.float32)
     opened = (tl.abs(v) > t).to(tl.int32)
@@ -76,7 +63,7 @@ def _list(
 
 @triton.jit
 def _produce(
-    spread,
+    x,
     B,
     factor,
     column,
@@ -87,14 +74,12 @@ def _produce(
     counts,
     tokens,
     n,
-    blocks,
     rank,
     lists,
     RANK: tl.constexpr,
     REFINED: tl.constexpr,
     CHUNK: tl.constexpr,
     LISTING: tl.constexpr,
-    BITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
@@ -104,7 +89,7 @@ def _produce(
         if REFINED:
             listing, token = pid // tokens, pid % tokens
             _list(
-                spread,
+                x,
                 column,
                 threshold,
                 channels,
@@ -114,13 +99,11 @@ def _produce(
                 lists,
                 token,
                 n,
-                blocks,
                 LISTING,
-                BITS,
             )
     else:
         if RANK > 0:
-            _project(spread, B, factor, low, pid - listings, n, blocks, tokens, rank, RANK, CHUNK, BITS)
+            _project(x, B, factor, low, pid - listings, n, tokens, rank, RANK, CHUNK)
 
 
 @triton.jit
@@ -228,8 +211,7 @@ def parts_of(m: int, n: int, refined: bool) -> tuple[int, int]:
 
 
 def added(
-    spread: Tensor,
-    bits: int,
+    x: Tensor,
     m: int,
     A: Tensor | None,
     B: Tensor | None,
@@ -239,30 +221,26 @@ def added(
     column: Tensor | None,
     threshold: Tensor | None,
 ) -> Tensor:
-    """A z + E x (parts, tokens, m) float32, to be summed over the parts; of at most 8 tokens.
+    """A z + E x (parts, tokens, m) float32, to be summed over the parts, from at most 8 tokens x (tokens, n).
 
-    spread: x in the order of `quantized_gpu.spread` for a base of so many bits. Low rank (A, B, factor) and refinement
-    (plane, row, column, threshold), either of which may be all None.
+    Low rank (A, B, factor) and refinement (plane, row, column, threshold): either may be all None.
     """
-    spread = spread.contiguous()
-    tokens, blocks = len(spread), spread[0].numel() // 64
-    rank, n = B.shape if B is not None else (0, 0)
-    n = len(column) if column is not None else n
+    x = x.contiguous()
+    (tokens, n), rank = x.shape, 0 if B is None else len(B)
     chunks = triton.cdiv(n, CHUNK) if rank else 0
     lists = 0 if plane is None else triton.cdiv(n, LISTING)
     padded_rank = triton.next_power_of_2(rank) if rank else 0
     parts, some = parts_of(m, n, plane is not None)
-    overlap = ops.overlaps(spread.device)
-    low = spread.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
-    channels = spread.new_empty(lists * tokens * LISTING, dtype=torch.int32)
-    scaled = spread.new_empty(lists * tokens * LISTING, dtype=torch.float32)
-    counts = spread.new_empty(lists * tokens, dtype=torch.int32)
-    extra = spread.new_empty((parts, tokens, m), dtype=torch.float32)
+    overlap = ops.overlaps(x.device)
+    low = x.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
+    channels = x.new_empty(lists * tokens * LISTING, dtype=torch.int32)
+    scaled = x.new_empty(lists * tokens * LISTING, dtype=torch.float32)
+    counts = x.new_empty(lists * tokens, dtype=torch.int32)
+    extra = x.new_empty((parts, tokens, m), dtype=torch.float32)
     common = {"RANK": padded_rank, "REFINED": plane is not None, "LISTING": LISTING, "OVERLAP": overlap}
     _produce[chunks + lists * tokens,](
-        *(spread, B, factor, column, threshold, low, channels, scaled, counts, tokens, n, blocks, rank, lists),
+        *(x, B, factor, column, threshold, low, channels, scaled, counts, tokens, n, rank, lists),
         CHUNK=CHUNK,
-        BITS=bits,
         **common,
     )
     _refine[triton.cdiv(m, 128) * tokens * parts,](
