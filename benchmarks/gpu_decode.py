@@ -122,6 +122,7 @@ def earlier() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def random_model(name: str) -> Iterator[dict[str, Any]]:
     with torch.device("cuda"):
         dense = AutoModelForCausalLM.from_config(MODELS[name], dtype=DTYPE).eval()
+    cast(Any, dense).generation_config.eos_token_id = None
     groups = input_groups(dense)
     yield {"method": "dense", "loop": "generate", "fire": 0.0, "ms": per_token(dense, loop=None)}
     yield {"method": "dense", "loop": "engine", "fire": 0.0, **figures(dense)}
@@ -208,7 +209,6 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, new: int, loop: Callable
     out: torch.Tensor = cast(Any, model).generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        min_new_tokens=new,
         max_new_tokens=new,
         do_sample=False,
         pad_token_id=0,
@@ -222,6 +222,7 @@ def smollm2(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     opened = open_dense(arguments.model)
     prompts = opened.windows(str(arguments.text / "test.txt"), 20 * PROMPT, PROMPT).cuda()
     wide = opened.model.cuda()
+    wide.generation_config.eos_token_id = None
     same = sum(torch.equal(*(generate(wide, p[None], 100, loop) for loop in (None, decode.decode))) for p in prompts)
     yield {"method": "dense", "loop": "engine, float32", "fire": 0.0, "same_text": same, **figures(wide)}
     dense = copy.deepcopy(wide).to(DTYPE)

@@ -1,5 +1,10 @@
 """The Triton kernel against the oracle: on the GPU where there is one, in Triton's interpreter elsewhere."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from test_ops import FLOAT32_STEPS, group
@@ -122,3 +127,12 @@ def test_subspaces_with_and_without_a_gate(shape: tuple[int, int, int, int], dty
         assert ((y.float() - expected).abs() <= limit).all()
     y = gated_gpu.gemv(x[None], B, A, None, None)
     assert ((y[0].float() - low).abs() <= limit).all()
+
+
+def test_kernels_compile_for_a_gpu():
+    """Without one: Triton brings its compiler."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "_refine" in done.stdout
