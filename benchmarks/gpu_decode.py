@@ -145,7 +145,9 @@ def build(name: str) -> PreTrainedModel:
     gc.collect()  # the model before, whose memory is needed
     torch.cuda.empty_cache()
     with torch.device(DEVICE):
-        return AutoModelForCausalLM.from_config(MODELS[name], dtype=DTYPE).eval()
+        model = AutoModelForCausalLM.from_config(MODELS[name], dtype=DTYPE).eval()
+    model.generation_config.eos_token_id = None
+    return cast(PreTrainedModel, model)
 
 
 def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -273,7 +275,6 @@ def generate(model: PreTrainedModel, ids: Tensor, new: int, loop: str) -> Tensor
     out: Tensor = cast(Any, model).generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        min_new_tokens=new,
         max_new_tokens=new,
         do_sample=False,
         pad_token_id=0,
@@ -286,6 +287,7 @@ def smollm2(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The real model: does float32 say what generate() says; how fast is each method in bfloat16."""
     opened = open_dense(arguments.model)
     model = opened.model.to(DEVICE)
+    cast(Any, model).generation_config.eos_token_id = None
     prompts = opened.windows(str(arguments.text / "test.txt"), PROMPTS * PROMPT, PROMPT).to(DEVICE)
     same = sum(torch.equal(*(generate(model, p[None], SAME, loop) for loop in ("generate", "engine"))) for p in prompts)
     for dtype in ("float32", "bfloat16"):

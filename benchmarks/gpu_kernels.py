@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu import copy_ceiling, device_name, gated, microseconds, noise, quantized, read_bytes, rotate
+from gpu import DEVICE, copy_ceiling, device_name, gated, microseconds, noise, quantized, read_bytes, rotate
 from provenance import SEED, write
 from torch import Tensor
 from torch.nn import functional as F
 
 from rankgate.core import GatedGroup
-from rankgate.ops import quantized_gpu
 from rankgate.quantized import QuantizedGroup
 
 SQUARE = ((16384, 4096), (4096, 16384), (28672, 8192))  # of the weight-decomposition and subspace papers' models
@@ -97,6 +96,8 @@ def quantised(m: int, n: int) -> Iterator[dict[str, Any]]:
     x = noise(1, n)
     dense = dense_row(m, n, x)
     yield dense
+    if n % 128 == 0:
+        yield torch_int4(m, n, x, dense)
     for name, options, fire in (
         ("int8", {"bits": 8}, 0.0),
         ("int4", {}, 0.0),
@@ -119,6 +120,19 @@ def batches(name: str, groups: list[Any], fire: float, k: int) -> Iterator[dict[
         yield measured(name, groups, x, fire, dense_row(groups[0].m, groups[0].n, x), k=k)
 
 
+def torch_int4(m: int, n: int, x: Tensor, dense: dict[str, Any]) -> dict[str, Any]:
+    """What torchao's int4 calls on a GPU, in groups of 64."""
+    pack, multiply = torch.ops.aten._convert_weight_to_int4pack, torch.ops.aten._weight_int4pack_mm
+
+    def make() -> tuple[Tensor, Tensor]:
+        return pack(torch.randint(0, 256, (m, n // 2), device=DEVICE).to(torch.uint8), 8), noise(n // 64, m, 2)
+
+    weights = rotate(make, m * n / 2)
+    us = microseconds([lambda W=W, s=s: multiply(x, W, 64, s) for W, s in weights])  # type: ignore[misc]
+    result = row("torch int4", m, n, 0, len(x), 0.0, us, sum(t.nbytes for t in weights[0]))
+    return {**result, "speedup": dense["us"] / us, "theory": dense["bytes"] / result["bytes"]}
+
+
 def dense_row(m: int, n: int, x: Tensor) -> dict[str, Any]:
     weights = rotate(lambda: noise(m, n), 2 * m * n)
     us = microseconds([lambda W=W: F.linear(x, W) for W in weights])  # type: ignore[misc]
@@ -133,12 +147,13 @@ def measured(name: str, groups: list[Any], x: Tensor, fire: float, dense: dict[s
     return {**result, "speedup": dense["us"] / us, "theory": dense["bytes"] / nbytes}
 
 
-def kernel(group: GatedGroup | QuantizedGroup, x: Tensor) -> Callable[[], Tensor]:
-    """The launches of a group, without putting x in the kernel's order: the compiler fuses that with what made x."""
+def kernel(group: GatedGroup | QuantizedGroup, x: Tensor) -> Callable[[], object]:
+    """The launches of a group, without the last sum: the compiler fuses it with what is done to y."""
     if isinstance(group, GatedGroup):
         return lambda: group(x)
-    spread = quantized_gpu.spread(x, group.base.bits)
-    return lambda: torch.ops.rankgate.quantized_gemv.spread(x, spread, group.parts)
+    if group.low_rank is None and group.refinement is None:
+        return lambda: torch.ops.rankgate.quantized_gemv.base(x, *group.parts[:3])
+    return lambda: torch.ops.rankgate.quantized_gemv.refined(x, group.parts)
 
 
 def row(name: str, m: int, n: int, k: int, batch: int, fire: float, us: float, nbytes: float) -> dict[str, Any]:

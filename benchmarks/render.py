@@ -68,9 +68,9 @@ def gpus() -> list[str]:
     kernels, decoding = of_devices("gpu_kernels"), of_devices("gpu_decode")
     plot = ["![bandwidth against bytes read, for each kernel](roofline.png)\n"] if kernels else []
     return [
+        *(render_gpu.decoding(content, source(content)) for content in decoding),
         *(render_gpu.kernels(content, source(content)) for content in kernels),
         *plot,
-        *(render_gpu.decoding(content, source(content)) for content in decoding),
     ]
 
 

@@ -29,7 +29,7 @@ DECODING = (
     *("x engine", "x generate", "peak GB"),
 )
 MODELS = {"llama": "Llama-7B", "gptj": "GPT-J-6B", "opt": "OPT-6.7B", "smollm2": "SmolLM2-135M"}
-COLORS = {"dense": "C7", "gsi": "C0", "svd": "C1", "int4": "C2", "int8": "C4", "lrq": "C3"}
+COLORS = {"dense": "C7", "gsi": "C0", "svd": "C1", "int4": "C2", "int8": "C4", "lrq": "C3", "torch int4": "C5"}
 
 
 def kernels(content: dict[str, Any], source: str) -> str:

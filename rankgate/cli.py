@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rankgate import __version__
 from rankgate.errors import RankgateError
-from rankgate.options import add_method, chosen_method, method_was_given, settings_were_given
+from rankgate.options import (
+    add_calibration,
+    add_device,
+    add_method,
+    add_texts,
+    chosen_method,
+    method_was_given,
+    natural,
+    positive,
+    settings_were_given,
+)
 from rankgate.terminal import quiet_libraries, return_freed_memory, say, show_table
 
 if TYPE_CHECKING:
@@ -67,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument("model", metavar="MODEL")
     analyze.add_argument("-o", "--output", default="report", metavar="DIR", help="report directory (default: report)")
     add_texts(analyze, tokens=2048)
+    add_device(analyze)
     analyze.add_argument("--json", action="store_true", help="last line: one JSON object")
 
     convert = verb("convert", run_convert, "Convert a model and save it.")
@@ -77,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     planned.add_argument("--budget", metavar="BUDGET", help="ppl=1.01, top1=0.98 or bits=5: plan within it, and check")
     planned.add_argument("--plan", metavar="FILE", help="apply a plan.json that was written before, perhaps edited")
     add_calibration(convert)
+    add_device(convert)
     convert.add_argument("--json", action="store_true", help="last line: one JSON object")
 
     evaluate = verb("evaluate", run_evaluate, "Compare a converted model with the dense one on the same tokens.")
@@ -85,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_texts(evaluate, tokens=2048)
     evaluate.add_argument("--in-sample", action="store_true", help="allow (and mark) text that was calibrated on")
     evaluate.add_argument("--dense", metavar="MODEL", help="dense model of a converted DIR (default: as recorded)")
+    add_device(evaluate)
     evaluate.add_argument("--prompts", type=natural, default=8, metavar="N", help="prompts to continue (default: 8)")
     evaluate.add_argument("--json", action="store_true", help="last line: one JSON object")
 
@@ -101,42 +114,16 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("model", metavar="MODEL_OR_DIR")
     generate.add_argument("prompt")
     generate.add_argument("-n", type=positive, default=100, metavar="N", help="new tokens (default: 100)")
+    add_device(generate)
     generate.add_argument("--json", action="store_true", help="do not stream; last line: one JSON object")
     return parser
 
 
-def add_calibration(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("texts: a UTF-8 file, hf:ORG/NAME[:CONFIG[:SPLIT]] or Python's own reference")
-    group.add_argument("--calibration-text", metavar="FILE", help="default: pydoc:calibration")
-    group.add_argument("--calibration-tokens", type=positive, default=8192, metavar="N", help="default: 8192")
-    group.add_argument("--context", type=positive, default=512, metavar="N", help="tokens in a window (default: 512)")
-    group.add_argument("--stats", metavar="FILE", help="reuse calibration statistics, or keep them here")
-    return group
-
-
-def add_texts(parser: argparse.ArgumentParser, tokens: int) -> None:
-    group = add_calibration(parser)
-    group.add_argument("--text", metavar="FILE", help="text to evaluate on (default: pydoc:held-out)")
-    group.add_argument("--tokens", type=positive, default=tokens, metavar="N", help=f"default: {tokens}")
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number ≥ 0")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if natural(text) == 0:
-        raise argparse.ArgumentTypeError("0 is too few")
-    return int(text)
-
-
-def opened(name: str) -> Opened:
+def opened(arguments: argparse.Namespace) -> Opened:
     from rankgate.pipeline import open_dense
 
-    say(f"loading {name}")
-    return open_dense(name)
+    say(f"loading {arguments.model}")
+    return open_dense(arguments.model, arguments.device)
 
 
 def calibrated(
@@ -190,7 +177,7 @@ def run_analyze(arguments: argparse.Namespace) -> None:
     from rankgate.report import analysis_report, profiles_table, spectra_summary
 
     check_writable(arguments.output)
-    model = opened(arguments.model)
+    model = opened(arguments)
     parts = {"held-out": model.windows(evaluation_text(arguments), arguments.tokens, arguments.context)}
     stats = calibrated(model, arguments, apart_from=parts["held-out"])
     if arguments.stats is None:
@@ -230,9 +217,13 @@ def run_convert(arguments: argparse.Namespace) -> None:
     else:
         method = chosen_method(arguments)
     budget = Budget.parse(arguments.budget) if arguments.budget else None
+    if budget is not None:
+        if arguments.device not in {None, "cpu"}:
+            raise RankgateError("plans are timed on the CPU; leave out --device")
+        arguments.device = "cpu"
     plan = None
     with atomic_path(arguments.output) as temporary:
-        model = opened(arguments.model)
+        model = opened(arguments)
         sensitivity = method is None or method.needs_sensitivity
         stats = calibrated(model, arguments, sensitivity=sensitivity) if method is None or method.needs_stats else None
         origin = provenance(model, stats)
@@ -312,11 +303,12 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             dense=arguments.dense,
             prompts=arguments.prompts,
             in_sample=arguments.in_sample,
+            device=arguments.device,
             progress=True,
         )
     else:
         method = chosen_method(arguments) if method_was_given(arguments) else None
-        model = opened(arguments.model)
+        model = opened(arguments)
         windows = model.windows(evaluation_text(arguments), arguments.tokens, arguments.context)
         apart_from = None if arguments.in_sample else windows
         stats = None
@@ -371,9 +363,9 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from rankgate.pipeline import open_any
 
     say(f"loading {arguments.model}")
-    model = open_any(arguments.model)
+    model = open_any(arguments.model, arguments.device)
     tokenizer = model.tokenizer
-    prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids
+    prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids.to(model.model.device)
     if prompt.shape[1] == 0:
         raise RankgateError("the prompt is empty; write the beginning of a text")
     streamer = None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The options that describe a method, on the command line: one per setting, for every method that has it."""
+"""The options that several verbs share; of a method one per setting, for every method that has it."""
 
 from __future__ import annotations
 
@@ -45,6 +45,37 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="gsi, svd, asvd: convert layers that do not get smaller, too",
     )
     group.add_argument("--lm-head", action="store_true", help="also convert the output embedding, to int8")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("texts: a UTF-8 file, hf:ORG/NAME[:CONFIG[:SPLIT]] or Python's own reference")
+    group.add_argument("--calibration-text", metavar="FILE", help="default: pydoc:calibration")
+    group.add_argument("--calibration-tokens", type=positive, default=8192, metavar="N", help="default: 8192")
+    group.add_argument("--context", type=positive, default=512, metavar="N", help="tokens in a window (default: 512)")
+    group.add_argument("--stats", metavar="FILE", help="reuse calibration statistics, or keep them here")
+    return group
+
+
+def add_texts(parser: argparse.ArgumentParser, tokens: int) -> None:
+    group = add_calibration(parser)
+    group.add_argument("--text", metavar="FILE", help="text to evaluate on (default: pydoc:held-out)")
+    group.add_argument("--tokens", type=positive, default=tokens, metavar="N", help=f"default: {tokens}")
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number ≥ 0")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too few")
+    return int(text)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
 
 
 def rank(text: str) -> int | float:

@@ -17,6 +17,7 @@ from rankgate.convert import LayerReport, convert_, twin
 from rankgate.errors import RankgateError
 from rankgate.evaluation import Evaluation, TextComparison, compare_text, continuations, evaluate
 from rankgate.methods import Method
+from rankgate.ops import has_triton
 
 PROMPT_TOKENS = 32
 
@@ -40,20 +41,45 @@ class Opened:
             raise RankgateError(f"{text}: {error}" if text not in str(error) else str(error)) from error
 
 
-def open_dense(name: str) -> Opened:
-    """Resolve and load a dense model. Raises RankgateError if there is none, or if it is a converted one."""
+def find_device(name: str | None) -> torch.device:
+    """`name`, or by default a GPU if there is one that kernels run on, else the CPU. Raises RankgateError."""
+    if name is None:
+        gpu = torch.device("cuda")
+        return gpu if torch.cuda.is_available() and has_triton(gpu) else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RankgateError(f"{name!r} is not a device; use cpu, cuda or cuda:1") from None
+    if device.type != "cpu" and (device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count()):
+        raise RankgateError(f"there is no {name} here; use --device cpu")
+    return device
+
+
+def open_dense(name: str, device: str | None = "cpu") -> Opened:
+    """Resolve and load a dense model; for `device` see `find_device`.
+
+    Raises RankgateError if there is none, or if it is a converted one.
+    """
+    place = find_device(device)
     source = sources.resolve(name)
     if checkpoint.is_checkpoint(source.path):
         raise RankgateError(f"{name} is converted already; give the dense model")
-    return Opened(source.name, *sources.load(source))
+    model, tokenizer = sources.load(source)
+    return Opened(source.name, _moved(model, place), tokenizer)
 
 
-def open_any(name: str) -> Opened:
-    """Load a dense or a converted model. Raises RankgateError if there is none."""
+def open_any(name: str, device: str | None = "cpu") -> Opened:
+    """Load a dense or a converted model; for `device` see `find_device`. Raises RankgateError if there is none."""
     if not checkpoint.is_checkpoint(name):
-        return open_dense(name)
+        return open_dense(name, device)
+    place = find_device(device)
     converted = checkpoint.load(name)
-    return Opened(name, converted.model, converted.tokenizer)
+    return Opened(name, _moved(converted.model, place), converted.tokenizer)
+
+
+def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    model.to(device)  # type: ignore[arg-type]
+    return model
 
 
 def statistics(
@@ -214,6 +240,7 @@ def measure_checkpoint(
     dense: str | None = None,
     prompts: int = 8,
     in_sample: bool = False,
+    device: str | None = "cpu",
     progress: bool = False,
 ) -> Result:
     """Compare a converted model on disk with `dense`, by default the model that it was converted from.
@@ -221,13 +248,14 @@ def measure_checkpoint(
     `text` defaults to the held-out part of Python's reference, in-sample to what the model was calibrated on.
     Raises RankgateError if the dense model is not the one that was converted.
     """
+    place = find_device(device)
     converted = checkpoint.load(directory)
     origin = converted.provenance
-    opened = open_dense(dense or origin.source)
+    opened = open_dense(dense or origin.source, device)
     if fingerprint(opened.model) != origin.fingerprint:
         raise RankgateError(f"{opened.name} is not the model that {directory} was converted from; pass --dense MODEL")
     text = text or (origin.calibration_text if in_sample else None) or texts.HELD_OUT
     windows = opened.windows(text, tokens, context)
     overlaps = check_text(windows, origin.hashes, allow=in_sample)
     done = Conversion(converted.method, converted.layers, origin.calibration_tokens, overlaps)
-    return Reference.of(opened, windows, prompts).compare(converted.model, done, progress=progress)
+    return Reference.of(opened, windows, prompts).compare(_moved(converted.model, place), done, progress=progress)

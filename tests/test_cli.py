@@ -103,6 +103,21 @@ def test_text_that_was_calibrated_on_is_refused_unless_marked(run, refuses, mode
     assert "--in-sample" not in refuses("analyze", model_dir, "-o", tmp_path / "r", "--text", "no-file")
 
 
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "analyze", "convert"])
+def test_a_device_that_is_not_there_is_refused(refuses, model_dir, tmp_path, verb):
+    rest = {"generate": ("The ",), "convert": ("-o", tmp_path / "out"), "analyze": ("-o", tmp_path / "out")}.get(
+        verb, ()
+    )
+    assert "there is no cuda:99 here; use --device cpu" in refuses(verb, model_dir, *rest, "--device", "cuda:99")
+    assert "use cpu, cuda or cuda:1" in refuses(verb, model_dir, *rest, "--device", "abacus")
+    assert not (tmp_path / "out").exists()
+
+
+def test_plans_are_made_on_the_cpu(refuses, model_dir, tmp_path):
+    options = ("-o", tmp_path / "out", "--budget", "bits=5", "--device", "cuda")
+    assert "leave out --device" in refuses("convert", model_dir, *options)
+
+
 def test_budget_plans_and_the_plan_applies_again(run, model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(Timer, "_dense", lambda self, outputs, n: 1.0)
     monkeypatch.setattr(Timer, "_quantized", lambda self, m, n, s: (s.bits / 16, self._group(m, n, s, 0)[1]))

@@ -1,11 +1,16 @@
 """The Triton kernel against the oracle: on the GPU where there is one, in Triton's interpreter elsewhere."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from test_ops import FLOAT32_STEPS, group
 from torch import Tensor
 
-from rankgate.ops import attention_gpu, gated_gpu, quantized_gpu
+from rankgate.ops import attention_gpu, gated_gpu, quantized_gpu, refined_gpu
 from rankgate.ops.attention import attend_reference
 from rankgate.quantized import QuantizedGroup
 
@@ -34,7 +39,14 @@ def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
 
 
 def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
-    return quantized_gpu.gemv(x, quantized_gpu.spread(x, quantized.base.bits), *quantized.parts)
+    """The kernels one after the other; on a GPU the operator runs them side by side."""
+    rows, parts = x.reshape(-1, quantized.n), quantized.parts
+    y = quantized_gpu.gemv(rows, *parts[:3], torch.float32)
+    if parts[4] is not None or parts[6] is not None:
+        extra = refined_gpu.added(rows, quantized.m, *parts[3:])
+        assert extra.shape[0] == refined_gpu.parts_of(quantized.m, quantized.n, parts[6] is not None)[0]
+        y += extra.sum(0)
+    return y.to(x.dtype).view(*x.shape[:-1], quantized.m)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -115,3 +127,12 @@ def test_subspaces_with_and_without_a_gate(shape: tuple[int, int, int, int], dty
         assert ((y.float() - expected).abs() <= limit).all()
     y = gated_gpu.gemv(x[None], B, A, None, None)
     assert ((y[0].float() - low).abs() <= limit).all()
+
+
+def test_kernels_compile_for_a_gpu():
+    """Without one: Triton brings its compiler."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "_refine" in done.stdout

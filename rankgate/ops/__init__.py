@@ -5,6 +5,7 @@ A kernel module is imported when it is first needed: `ops.cpu` brings Numba, `op
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rankgate.core import GatedGroup
     from rankgate.quantized import QuantizedGroup
 
+HOPPER = 9  # compute capability
 FEW = 8  # tokens up to which one matrix-vector product each is faster than unpacking the matrix
 TRITON = importlib.util.find_spec("triton") is not None
 
@@ -22,6 +24,11 @@ TRITON = importlib.util.find_spec("triton") is not None
 def has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on `device`."""
     return device.type == "cuda" and TRITON
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch of a kernel on `device` can begin before the one before it is through."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
 
 
 def _gemv(x: Tensor, table: int, m: int) -> Tensor:
@@ -38,10 +45,37 @@ def _gemv_of(x: Tensor, parts: list[Tensor | None]) -> Tensor:
     return cpu.gemv(x, table.ctypes.data, int(table[cpu.M]))
 
 
-def _gemv_gpu(x: Tensor, spread: Tensor, parts: list[Any]) -> Tensor:
+def _base_gpu(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     from rankgate.ops import quantized_gpu
 
-    return quantized_gpu.gemv(x, spread, *parts)
+    return quantized_gpu.gemv(x, codes, scale, zero, x.dtype)
+
+
+def _refined_gpu(x: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
+    from rankgate.ops import quantized_gpu, refined_gpu
+
+    codes, scale, zero, *rest = parts
+    main, beside = torch.cuda.current_stream(x.device), _beside(x.device)
+    beside.wait_stream(main)
+    with torch.cuda.stream(beside):
+        extra = refined_gpu.added(x, len(codes), *rest)
+    y = quantized_gpu.gemv(x, codes, scale, zero, torch.float32)
+    main.wait_stream(beside)
+    return y, extra
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """A stream for what runs beside the current one. Whatever is put there waits first for the latter."""
+    return torch.cuda.Stream(device)
+
+
+def _refined_shapes(x: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
+    from rankgate.ops import refined_gpu
+
+    y = x.new_empty((len(x), len(parts[0])), dtype=torch.float32)
+    count, _ = refined_gpu.parts_of(y.shape[1], x.shape[1], parts[6] is not None)
+    return y, y.new_empty((count, *y.shape))
 
 
 def _gated(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -> Tensor:
@@ -75,9 +109,12 @@ _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], 
 _library.define("quantized_gemv.parts(Tensor x, Tensor?[] parts) -> Tensor")
 _library.impl("quantized_gemv.parts", _gemv_of, "CPU")
 _library.impl("quantized_gemv.parts", lambda x, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
-_library.define("quantized_gemv.spread(Tensor x, Tensor spread, Tensor?[] parts) -> Tensor")
-_library.impl("quantized_gemv.spread", _gemv_gpu, "CUDA")
-_library.impl("quantized_gemv.spread", lambda x, _, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
+_library.define("quantized_gemv.base(Tensor x, Tensor codes, Tensor scale, Tensor? zero) -> Tensor")
+_library.impl("quantized_gemv.base", _base_gpu, "CUDA")
+_library.impl("quantized_gemv.base", lambda x, codes, *_: x.new_empty((len(x), len(codes))), "Meta")
+_library.define("quantized_gemv.refined(Tensor x, Tensor?[] parts) -> (Tensor, Tensor)")
+_library.impl("quantized_gemv.refined", _refined_gpu, "CUDA")
+_library.impl("quantized_gemv.refined", _refined_shapes, "Meta")
 _library.define("gated(Tensor x, Tensor B, Tensor A, Tensor? W, float? eps) -> Tensor")
 _library.impl("gated", _gated, "CPU")
 _library.impl("gated", _gated_gpu, "CUDA")
@@ -117,8 +154,11 @@ def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
             return y
         return group.reference(x, cpu.dequantize(group.base))
     if here and few and x.dtype != torch.float64 and has_triton(x.device):
-        from rankgate.ops import quantized_gpu
-
-        y = torch.ops.rankgate.quantized_gemv.spread(x, quantized_gpu.spread(x, group.base.bits), group.parts)
-        return y
+        rows = x.reshape(-1, group.n)
+        if group.low_rank is None and group.refinement is None:
+            y = torch.ops.rankgate.quantized_gemv.base(rows, *group.parts[:3])
+        else:  # the sum apart from the kernels, so that a compiler can fuse it with what is done to y
+            whole, extra = torch.ops.rankgate.quantized_gemv.refined(rows, group.parts)
+            y = (whole + extra.sum(0)).to(x.dtype)
+        return y.view(*x.shape[:-1], group.m)
     return group.reference(x)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-BLOCK = 32  # keys read together
+BLOCK = 128  # keys read together
 HEADS = 1024  # at most
 
 
@@ -140,5 +140,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position:
         VALUE=VALUE,
         BLOCK=BLOCK,
         SPLITS=splits,
+        num_warps=8,
     )
     return out

@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankgate.ops.quantized_gpu import overlaps
+from rankgate import ops
 
 CHUNK = 4096  # inputs of a program of `_project`, at most
 COLUMNS = 128  # of W that a program of `_combine` reads together
-UNROLL = 4  # how many times that, so that enough loads are under way
 
 
 @triton.jit
@@ -136,11 +135,11 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
     (m, k), n, tokens = A.shape, x.shape[-1], x.numel() // x.shape[-1]
     chunk = min(CHUNK, triton.next_power_of_2(n))
     chunks, batch = triton.cdiv(n, chunk), triton.next_power_of_2(tokens)
-    overlap = overlaps(x.device)
+    overlap = ops.overlaps(x.device)
     y = x.new_empty((*x.shape[:-1], m))
     parts = x.new_empty(chunks * tokens * k, dtype=torch.float32)
     norms = x.new_empty(chunks * tokens, dtype=torch.float32)
-    weights, project_warps, rows, ranks, warps = _tiles(m, n, W is not None)
+    weights, project_warps, rows, ranks, warps, unroll = _tiles(m, n, W is not None)
     produced, rows = max(1, weights // chunk), max(4, rows // batch)
     _project[triton.cdiv(k, produced) * chunks,](
         x,
@@ -176,7 +175,7 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
         ROWS=rows,
         RANKS=ranks,
         COLUMNS=COLUMNS,
-        UNROLL=UNROLL,
+        UNROLL=unroll,
         OVERLAP=overlap,
         num_warps=warps,
         launch_pdl=overlap,
@@ -184,8 +183,11 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
     return y
 
 
-def _tiles(m: int, n: int, gated: bool) -> tuple[int, int, int, int, int]:
-    """What an H100 likes: weights and warps of a program of `_project`; rows, columns of A and warps of `_combine`."""
+def _tiles(m: int, n: int, gated: bool) -> tuple[int, int, int, int, int, int]:
+    """What an H100 likes: weights and warps of a program of `_project`; rows, columns of A and warps of `_combine`.
+
+    The last: how many steps along W are unrolled, so that enough loads are under way.
+    """
     if not gated:
-        return 8192, 4, 64, 256, 16
-    return (4096, 4, 32, 128, 8) if m >= n else (8192, 8, 32, 256, 16)
+        return 8192, 4, 64, 256, 16, 1
+    return (4096, 4, 32, 128, 8, 1) if m >= n else (8192, 8, 32, 256, 16, 4)

@@ -1,13 +1,6 @@
-"""A quantised input group on the GPU (Triton), for a few tokens: the contract of `QuantizedGroup.reference`.
+"""The base Q x of a quantised input group on the GPU (Triton), for a few tokens; see `QuantizedGroup.reference`.
 
-Three launches, each of which overlaps with the one before where the hardware can (programmatic dependent launch,
-sm_90). What the last one adds at its end, the first two have found out while it was reading Q:
-
-    _produce     z: CHUNK inputs of B, all ranks; and of LISTING channels those that are open, and x_j column_j of each
-    _refine      A z and the open columns of E in some of the lists, for one token and a strip of 128 rows
-    _multiply    a few rows of Q, for all tokens
-
-Without low rank and refinement there is only the last. Nobody asks the host: all can be captured in a CUDA graph.
+What the gate and the low rank add is found out beside it, in `ops.refined_gpu`.
 
 Codes become floats without conversions: under the exponent of 1, a nibble at bit 16 is 1 + q / 128, one at bit 12 is
 1 + q / 2048. So
@@ -25,167 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 512  # inputs of a program of `_produce` for z
-LISTING = 1024  # channels of one for a list
 ONE = 0x3F800000  # float32 1, an argument because the compiler moves constants to a register for every word
-REFINERS = 192  # programs of `_refine` for a token, about, where there are lists enough; more would delay `_multiply`
-HOPPER = 9  # compute capability from which a launch can overlap with the one before
-TOGETHER = 64  # open channels that a program of `_refine` reads together
-
-
-@triton.jit
-def _project(x, B, factor, low, chunk, n, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr):
-    """low[chunk, token, rank] = s · B x over the inputs of one chunk."""
-    j, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, RANK)
-    b = tl.load(B + r[:, None] * n + j, mask=(r[:, None] < rank) & (j < n), other=0).to(tl.float32)
-    s = tl.load(factor + r, mask=r < rank, other=0.0)
-    for token in range(tokens):
-        v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
-        tl.store(low + (chunk * tokens + token) * RANK + r, tl.sum(b * v, 1) * s)
-
-
-@triton.jit
-def _list(x, column, threshold, channels, scaled, counts, listing, lists, token, n, LISTING: tl.constexpr):
-    """The open channels of one token among LISTING, in order, and x_j column_j of each."""
-    j = listing * LISTING + tl.arange(0, LISTING)
-    v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
-    t = tl.load(threshold + j, mask=j < n, other=float("inf")).to(tl.float32)
-    c = tl.load(column + j, mask=j < n, other=0.0).to(tl.float32)
-    opened = (tl.abs(v) > t).to(tl.int32)
-    place = (token * lists + listing) * LISTING + tl.cumsum(opened, 0) - 1
-    tl.store(channels + place, j, mask=opened > 0)
-    tl.store(scaled + place, v * c, mask=opened > 0)
-    tl.store(counts + token * lists + listing, tl.sum(opened, 0))
-
-
-@triton.jit
-def _produce(
-    x,
-    B,
-    factor,
-    column,
-    threshold,
-    low,
-    channels,
-    scaled,
-    counts,
-    tokens,
-    n,
-    rank,
-    lists,
-    RANK: tl.constexpr,
-    REFINED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    LISTING: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-    pid, listings = tl.program_id(0), lists * tokens
-    if pid < listings:
-        if REFINED:
-            _list(x, column, threshold, channels, scaled, counts, pid // tokens, lists, pid % tokens, n, LISTING)
-    else:
-        if RANK > 0:
-            _project(x, B, factor, low, pid - listings, n, tokens, rank, RANK, CHUNK)
-
-
-@triton.jit
-def _code(q, SHIFT: tl.constexpr):
-    """The nibble of q at SHIFT, minus 8, as float32."""
-    return (((q >> SHIFT) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
-
-
-@triton.jit
-def _gather(
-    plane,
-    channels,
-    scaled,
-    counts,
-    first,
-    lists,
-    stride,
-    LISTS: tl.constexpr,
-    LISTING: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
-    """Σ over the open channels of some lists, from the first, of the codes of 128 rows of E times x_j column_j.
-
-    plane: int32; the codes of channel j are the `stride` words at j stride: 16, or 8 where only 64 rows are left.
-    """
-    w, every = tl.arange(0, 16), tl.arange(0, LISTS)
-    count = tl.load(counts + first + every, mask=every < lists, other=0)
-    end = tl.cumsum(count, 0)
-    a = tl.zeros((TOGETHER, 16), tl.float32)
-    b, c, d, e, f, g, h = a, a, a, a, a, a, a
-    for start in range(0, tl.sum(count, 0), TOGETHER):
-        i = start + tl.arange(0, TOGETHER)  # among all lists, one after the other
-        passed = end[None, :] <= i[:, None]
-        listing, skipped = tl.sum(passed.to(tl.int32), 1), tl.sum(tl.where(passed, count[None, :], 0), 1)
-        place, known = (first + listing) * LISTING + i - skipped, listing < LISTS
-        j = tl.load(channels + place, mask=known, other=0)
-        v = tl.load(scaled + place, mask=known, other=0.0)[:, None]
-        q = tl.load(plane + j[:, None] * stride + w, mask=(w < stride)[None, :], other=0)
-        a += _code(q, 0) * v
-        b += _code(q, 8) * v
-        c += _code(q, 16) * v
-        d += _code(q, 24) * v
-        e += _code(q, 4) * v
-        f += _code(q, 12) * v
-        g += _code(q, 20) * v
-        h += _code(q, 28) * v
-    low, high = tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h))
-    total = tl.reshape(tl.sum(tl.join(low, high), 0), (2, 8, 2, 2, 2))  # half, word, byte & 1, byte >> 1, nibble
-    return tl.reshape(tl.permute(total, (0, 4, 1, 3, 2)), (128,))
-
-
-@triton.jit
-def _refine(
-    A,
-    low,
-    plane,
-    row_factor,
-    channels,
-    scaled,
-    counts,
-    extra,
-    projections,
-    lists,
-    tokens,
-    m,
-    n,
-    rank,
-    RANK: tl.constexpr,
-    REFINED: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PARTS: tl.constexpr,
-    LISTS: tl.constexpr,
-    LISTING: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """extra[part, token, row] = the open columns of E in some lists (and A z in part 0), for a strip of 128 rows."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    pid = tl.program_id(0)
-    strip, part, token = pid // (tokens * PARTS), pid // tokens % PARTS, pid % tokens
-    row = strip * 128 + tl.arange(0, 128)
-    total = tl.zeros((128,), tl.float32)
-    if RANK > 0:
-        if part == 0:
-            chunk, r = tl.arange(0, CHUNKS), tl.arange(0, RANK)
-            a = tl.load(A + row[:, None] * rank + r, mask=(row < m)[:, None] & (r < rank), other=0).to(tl.float32)
-            at = (chunk[:, None] * tokens + token) * RANK + r
-            z = tl.load(low + at, mask=(chunk < projections)[:, None], other=0.0)
-            total += tl.sum(a * tl.sum(z, 0)[None, :], 1)
-    if REFINED:
-        stride = tl.where(strip * 128 + 128 <= tl.cdiv(m, 64) * 64, 16, 8)
-        here = plane.to(tl.pointer_type(tl.int32)) + strip * 16 * n
-        first, some = part * LISTS, tl.minimum(LISTS, lists - part * LISTS)
-        e = _gather(here, channels, scaled, counts, token * lists + first, some, stride, LISTS, LISTING, TOGETHER)
-        total += tl.load(row_factor + row, mask=row < m, other=0.0).to(tl.float32) * e
-    tl.store(extra + (part * tokens + token) * m + row, total, mask=row < m)
 
 
 @triton.jit
@@ -207,19 +40,37 @@ def _byte(q, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _inputs(spread, place, inside, size, LANE: tl.constexpr):
-    """The inputs (BATCH × 1 × WORDS) that belong to one lane of the words."""
-    return tl.load(spread + place + LANE * size, mask=inside, other=0.0).to(tl.float32)
+def _four(x, at, inside):
+    """x at 4 at … 4 at + 3, as four float32 tensors: loaded in one piece where they fit into 64 bits."""
+    if x.dtype.element_ty.primitive_bitwidth == 32:
+        x0 = tl.load(x + 4 * at, mask=inside, other=0.0)
+        x1 = tl.load(x + 4 * at + 1, mask=inside, other=0.0)
+        x2 = tl.load(x + 4 * at + 2, mask=inside, other=0.0)
+        x3 = tl.load(x + 4 * at + 3, mask=inside, other=0.0)
+    else:
+        packed = tl.load(x.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
+        x0, x1 = _two(packed.to(tl.int32), x.dtype.element_ty)
+        x2, x3 = _two((packed >> 32).to(tl.int32), x.dtype.element_ty)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _two(packed, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
+        first, second = (packed << 16).to(tl.float32, bitcast=True), (packed & -65536).to(tl.float32, bitcast=True)
+    else:
+        first = packed.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        second = (packed >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return first, second
 
 
 @triton.jit
 def _multiply(
-    spread,
+    x,
     out,
     codes,
     scale,
     zero,
-    extra,
     tokens,
     m,
     blocks,
@@ -229,12 +80,9 @@ def _multiply(
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    """out = Q x + the sum of the parts of `extra`, for some rows and all tokens."""
+    """out = Q x for some rows and all tokens."""
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
-    LANES: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = GROUPS * PER
     words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER
     batch, rows = tl.arange(0, BATCH)[:, None], tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -245,16 +93,10 @@ def _multiply(
         q = tl.load(words + row * size + w, mask=w < size, other=0)
         block = row * blocks + tl.minimum(start + tl.arange(0, GROUPS), blocks - 1)[None, None, :]
         s = tl.load(scale + block).to(tl.float32)
-        place, inside = token * (LANES * size) + w, w < size
-        x0 = _inputs(spread, place, inside, size, 0)
-        x1 = _inputs(spread, place, inside, size, 1)
-        x2 = _inputs(spread, place, inside, size, 2)
-        x3 = _inputs(spread, place, inside, size, 3)
+        first = token * (16 * blocks) + w // PER * 16 + w % PER  # of the fours of inputs: 16 in a group
+        x0, x1, x2, x3 = _four(x, first, w < size)
         if BITS == 4:
-            x4 = _inputs(spread, place, inside, size, 4)
-            x5 = _inputs(spread, place, inside, size, 5)
-            x6 = _inputs(spread, place, inside, size, 6)
-            x7 = _inputs(spread, place, inside, size, 7)
+            x4, x5, x6, x7 = _four(x, first + 8, w < size)
             low, high = (x0 + x1) + (x2 + x3), (x4 + x5) + (x6 + x7)
             v = low + high
             offset = low + 16 * high
@@ -281,107 +123,39 @@ def _multiply(
                 z /= 128
             y -= z * tl.sum(tl.reshape(v, (BATCH, 1, GROUPS, PER)), 3)
         total += s * y
-    result = tl.sum(total, 2)
     place, inside = batch * m + rows, (batch < tokens) & (rows < m)
-    if PARTS > 0:
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()
-        for part in tl.static_range(PARTS):
-            result += tl.load(extra + part * tokens * m + place, mask=inside, other=0.0)
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place, tl.sum(total, 2).to(out.dtype.element_ty), mask=inside)
 
 
-def spread(x: Tensor, bits: int) -> Tensor:
-    """x (…, n) in the order in which the kernel multiplies: (tokens, lanes, ⌈n / 64⌉ 2 bits).
-
-    A word of codes has 32 / bits lanes: first the low nibbles of its bytes, then the high ones, or the bytes. All
-    words' inputs of one lane lie side by side. Apart from the kernel, so that a compiler can fuse it with what made x.
-    """
-    padded = F.pad(x.flatten(0, -2), (0, -x.shape[-1] % 64))
-    groups = padded.unflatten(-1, (-1, 8 // bits, 2 * bits, 4))  # token, group, nibble, word, byte
-    return groups.permute(0, 2, 4, 1, 3).reshape(len(padded), 32 // bits, -1).contiguous()
-
-
-def gemv(
-    x: Tensor,
-    spread: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    A: Tensor | None,
-    B: Tensor | None,
-    factor: Tensor | None,
-    plane: Tensor | None,
-    row: Tensor | None,
-    column: Tensor | None,
-    threshold: Tensor | None,
-) -> Tensor:
-    """y (…, m) in the dtype of x (…, n), at most 8 tokens; for spread see `spread`.
-
-    The tensors are those of a `QuantizedGroup`: base (codes, scale, zero), low rank (A, B, factor; or all None) and
-    refinement (plane, row, column, threshold; or all None).
-    """
-    x = x.contiguous()
-    m, n, tokens = len(codes), x.shape[-1], x.numel() // x.shape[-1]
-    overlap = overlaps(x.device)
-    y = x.new_empty((*x.shape[:-1], m))
-    extra, parts = None, 0
-    if B is not None or plane is not None:
-        rank = 0 if B is None else len(B)
-        chunks = triton.cdiv(n, CHUNK) if rank else 0
-        lists = 0 if plane is None else triton.cdiv(n, LISTING)
-        padded_rank = triton.next_power_of_2(rank) if rank else 0
-        strips = triton.cdiv(m, 128)
-        some = triton.next_power_of_2(triton.cdiv(max(1, lists), max(1, REFINERS // strips)))  # lists of a program
-        parts = triton.cdiv(max(1, lists), some)
-        low = x.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
-        channels = x.new_empty(lists * tokens * LISTING, dtype=torch.int32)
-        scaled = x.new_empty(lists * tokens * LISTING, dtype=torch.float32)
-        counts = x.new_empty(lists * tokens, dtype=torch.int32)
-        extra = x.new_empty(parts * tokens * m, dtype=torch.float32)
-        common = {"RANK": padded_rank, "REFINED": plane is not None, "LISTING": LISTING, "OVERLAP": overlap}
-        _produce[chunks + lists * tokens,](
-            *(x, B, factor, column, threshold, low, channels, scaled, counts, tokens, n, rank, lists),
-            CHUNK=CHUNK,
-            **common,
-        )
-        _refine[strips * tokens * parts,](
-            *(A, low, plane, row, channels, scaled, counts, extra, chunks, lists, tokens, m, n, rank),
-            CHUNKS=triton.next_power_of_2(max(1, chunks)),
-            PARTS=parts,
-            LISTS=some,
-            TOGETHER=TOGETHER,
-            launch_pdl=overlap,
-            **common,
-        )
+def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Q x (tokens, m) in `dtype`, from at most 8 tokens x (tokens, n) and the tensors of Q."""
+    (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
     batch = triton.next_power_of_2(tokens)
-    rows, groups, warps = _tiles(m, n, batch)
+    rows, groups, warps = _tiles(m, blocks, bits, batch)
+    y = x.new_empty((tokens, m), dtype=dtype)
     _multiply[triton.cdiv(m, rows),](
-        *(spread, y, codes, scale, zero, extra, tokens, m, scale.shape[1], ONE),
-        BITS=4 if codes.dtype == torch.uint8 else 8,
+        *(padded(x), y, codes, scale, zero, tokens, m, blocks, ONE),
+        BITS=bits,
         ZERO=zero is not None,
         BATCH=batch,
         ROWS=rows,
         GROUPS=groups,
-        PARTS=parts,
-        OVERLAP=overlap,
         num_warps=warps,
-        launch_pdl=overlap and parts > 0,
     )
     return y
 
 
-def overlaps(device: torch.device) -> bool:
-    """Whether a launch on `device` can begin before the one before it is through."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
+def padded(x: Tensor) -> Tensor:
+    """x (tokens, n) with n filled up to whole groups."""
+    return F.pad(x, (0, -x.shape[-1] % 64)).contiguous() if x.shape[-1] % 64 else x.contiguous()
 
 
-def _tiles(m: int, n: int, batch: int) -> tuple[int, int, int]:
+def _tiles(m: int, blocks: int, bits: int, batch: int) -> tuple[int, int, int]:
     """Rows and groups that a program of `_multiply` reads together, and its warps, as an H100 likes them."""
     if m >= 8192:
         rows, groups, warps = 64 if m >= 16384 else 32, 8, 4
     elif m >= 2048:
-        rows, groups, warps = 16, 32 if n >= 8192 else 16, 16 if n >= 8192 else 8
+        rows, groups, warps = (16, 32, 16) if blocks >= 128 else (16, 16, 8)
     else:
         rows, groups, warps = 8, 8, 4
-    return max(8, rows // batch), groups, warps
+    return min(rows, 128 // batch), groups * 4 // bits, warps  # as many words and registers whatever the bits and batch
