@@ -71,6 +71,7 @@ def gpus() -> list[str]:
         *(render_gpu.decoding(content, source(content)) for content in decoding),
         *(render_gpu.kernels(content, source(content)) for content in kernels),
         *plot,
+        *(render_gpu.converting(content, source(content)) for content in of_devices("gpu_convert")),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rankgate.tables import markdown
+from rankgate.tables import describe, markdown
 
 KERNELS = (
     "method",
@@ -154,6 +154,22 @@ def decoding_row(r: dict[str, Any], dense: dict[str, float]) -> tuple[str, ...]:
         *(f"{dense[loop] / r['ms']:.2f}" if loop in dense else "-" for loop in ("engine", "generate")),
         f"{r['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in r else "-",
     )
+
+
+def converting(content: dict[str, Any], source: str) -> str:
+    settings, weights = content["settings"], content["settings"]["weight_bytes"]
+    rows = [
+        (r["step"], f"{r['seconds']:.0f}", f"{r['peak_bytes'] / 1e9:.2f}", f"{r['peak_bytes'] / weights:.2f}")
+        for r in content["results"]
+    ]
+    return f"""## Converting on a GPU ({settings["device"]})
+
+A model of the shape of Llama-7B, bfloat16, {weights / 1e9:.2f} GB of weights; {describe(settings["method"])} on
+{settings["tokens"]:,} tokens, {settings["converted_bytes"] / 1e9:.2f} GB when converted. *peak*: of allocated memory,
+and that over the weights. {source}
+
+{markdown(("step", "seconds", "peak, GB", "x weights"), rows)}
+"""
 
 
 def plot_roofline(contents: Sequence[dict[str, Any]]) -> Figure:
