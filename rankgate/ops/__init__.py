@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rankgate.core import GatedGroup
     from rankgate.quantized import QuantizedGroup
 
-HOPPER = 9  # compute capability
+HOPPER = 9  # compute capability from which a kernel can begin before the one before it is through
 FEW = 8  # tokens up to which one matrix-vector product each is faster than unpacking the matrix
 TRITON = importlib.util.find_spec("triton") is not None
 
