@@ -62,6 +62,13 @@ def test_kernel_is_the_oracle_but_for_rounding(case: tuple[int, int, int, bool, 
     assert ((y.float() - expected).abs() <= rounding + bound(quantized, x.float())).all()
 
 
+def test_an_input_that_begins_anywhere():
+    quantized, buffer = group(40, 64).to(DEVICE), torch.randn(70, device=DEVICE).to(torch.bfloat16)
+    for start in range(4):
+        x = buffer[start : start + 64][None]
+        torch.testing.assert_close(gemv(x, quantized), quantized.reference(x), rtol=0.02, atol=0.02)
+
+
 def test_leading_dimensions_and_strides():
     quantized = group(40, 96, rank=8, opened=0.5).to(DEVICE)
     x = torch.randn(2, 1, 192, device=DEVICE)[..., ::2]

@@ -146,8 +146,10 @@ def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: to
 
 
 def padded(x: Tensor) -> Tensor:
-    """x (tokens, n) with n filled up to whole groups."""
-    return F.pad(x, (0, -x.shape[-1] % 64)).contiguous() if x.shape[-1] % 64 else x.contiguous()
+    """x (tokens, n) with n filled up to whole groups, where 64 bits can be loaded at once."""
+    missing = -x.shape[-1] % 64
+    whole = F.pad(x, (0, missing)) if missing else x.contiguous()
+    return whole if whole.data_ptr() % 8 == 0 else whole.clone()
 
 
 def _tiles(m: int, blocks: int, bits: int, batch: int) -> tuple[int, int, int]:
