@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
 
 from rankgate.ops import attention_gpu, gated_gpu, quantized_gpu, refined_gpu, rounding_gpu
 
@@ -25,7 +26,14 @@ F32, I32, I64, I8, U8 = torch.float32, torch.int32, torch.int64, torch.int8, tor
 
 
 def build(kernel: Any, constants: dict[str, Any], pdl: bool = False, **arguments: Any) -> None:
-    """arguments: a dtype for a pointer, None, or a number."""
+    """In every shape that it may be tuned to. arguments: a dtype for a pointer, None, or a number."""
+    if isinstance(kernel, Autotuner):
+        possible = kernel.early_config_prune(kernel.configs, {}, **constants)
+        assert possible
+        for config in possible:
+            build(kernel.fn, {**constants, **config.kwargs}, pdl, **arguments, num_warps=config.num_warps)
+        return
+    options = {"launch_pdl": pdl, "num_warps": arguments.pop("num_warps", 4)}
     signature, fixed, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         value = constants[name] if name in constants else arguments[name]
@@ -35,7 +43,7 @@ def build(kernel: Any, constants: dict[str, Any], pdl: bool = False, **arguments
             signature[name], attributes[place,] = f"*{NAMES[value]}", [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-    triton.compile(ASTSource(kernel, signature, fixed, attributes), target=HOPPER, options={"launch_pdl": pdl})
+    triton.compile(ASTSource(kernel, signature, fixed, attributes), target=HOPPER, options=options)
     print(kernel.fn.__name__, {name: value for name, value in constants.items() if name != "OVERLAP"})
 
 
@@ -45,23 +53,26 @@ def main() -> None:
     lists |= {"channels": I32, "scaled": F32, "counts": I32}
     plane = {"plane": U8, "row_factor": torch.bfloat16, "extra": F32, "projections": 8}
     size = {"tokens": 3, "m": 129, "n": 577, "blocks": 10}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
         for bits, zero in ((4, None), (4, I8), (8, None)):
-            constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4, "ROWS": 32, "GROUPS": 32 // bits}
+            constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4}
             codes = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero, "one": 1 << 20}
             build(quantized_gpu._multiply, constants, x=dtype, out=dtype, **codes, **size)
         both = {"RANK": 16, "REFINED": True, "LISTING": 1024, "OVERLAP": True}
         build(refined_gpu._produce, {**both, "CHUNK": 512}, x=dtype, **low, **lists, **size)
         for gated in (True, False):
             more = {"parts": F32, "norms": F32, "k": 130, "x": dtype, "B": dtype, "A": dtype, **size}
-            constants = {"GATED": gated, "CHUNKS": 2, "ROWS": 2, "OVERLAP": True}
-            build(gated_gpu._project, {**constants, "CHUNK": 512}, **more)
-            constants |= {"ALWAYS": False, "BATCH": 4, "RANKS": 128, "COLUMNS": 128, "UNROLL": 4}
+            constants = {"GATED": gated, "CHUNKS": 2, "OVERLAP": True}
+            build(gated_gpu._project, {**constants, "ROWS": 2, "CHUNK": 512}, **more)
+            constants |= {"ALWAYS": False, "BATCH": 4, "COLUMNS": 128, "UNROLL": 4}
             build(gated_gpu._combine, constants, pdl=True, y=dtype, W=dtype if gated else None, eps=0.1, **more)
         constants = {"WIDTH": 64, "VALUE": 64, "BLOCK": 128, "SPLITS": 8}
         cache = {"cache": I64, "counters": I64, "position": I64, "parts": F32, "sums": F32}
         numbers = {"share": 3, "width": 64, "value_width": 64, "scale": 0.1}
         build(attention_gpu._attend, constants, q=dtype, k=dtype, v=dtype, out=dtype, **cache, **numbers)
+    codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
+    half, constants = torch.float16, {"BITS": 4, "ZERO": False, "BATCH": 1}
+    build(quantized_gpu._multiply, constants, x=half, out=half, **codes, **size)
     constants = {**both, "CHUNKS": 8, "PARTS": 2, "LISTS": 2, "TOGETHER": 64}
     build(refined_gpu._refine, constants, pdl=True, **low, **lists, **plane, **size)
     matrices = dict.fromkeys(("rows", "s", "z", "U", "codes", "errors"), F32)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rankgate import ops
+from rankgate.ops.tuning_gpu import tuned
 
 CHUNK = 4096  # inputs of a program of `_project`, at most
 COLUMNS = 128  # of W that a program of `_combine` reads together
@@ -63,6 +64,19 @@ def _z(parts, token, tokens, c, k, CHUNKS: tl.constexpr):
     return z
 
 
+def _fitting(configs: list[triton.Config], _: object, *, BATCH: int, **__: object) -> list[triton.Config]:
+    """Those whose sums fit into registers, without those that leave most of them empty."""
+    return [config for config in configs if 16 <= config.kwargs["ROWS"] * BATCH <= 64]
+
+
+@tuned(
+    [
+        triton.Config({"ROWS": rows, "RANKS": ranks}, num_warps=warps)  # ranks < threads: then z needs no exchange
+        for rows, ranks, warps in ((64, 128, 8), (32, 128, 8), (16, 128, 8), (64, 256, 16), (32, 256, 16), (8, 128, 8))
+    ],
+    key=["m", "n", "k", "GATED", "BATCH"],
+    fitting=_fitting,
+)
 @triton.jit
 def _combine(
     x,
@@ -80,11 +94,11 @@ def _combine(
     ALWAYS: tl.constexpr,
     BATCH: tl.constexpr,
     CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
     OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
     token = tl.minimum(tl.arange(0, BATCH), tokens - 1)[:, None, None]
@@ -134,13 +148,12 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
     x = x.contiguous()
     (m, k), n, tokens = A.shape, x.shape[-1], x.numel() // x.shape[-1]
     chunk = min(CHUNK, triton.next_power_of_2(n))
-    chunks, batch = triton.cdiv(n, chunk), triton.next_power_of_2(tokens)
+    chunks, weights = triton.cdiv(n, chunk), CHUNK if n <= CHUNK else 2 * CHUNK
+    produced = max(1, weights // chunk)
     overlap = ops.overlaps(x.device)
     y = x.new_empty((*x.shape[:-1], m))
     parts = x.new_empty(chunks * tokens * k, dtype=torch.float32)
     norms = x.new_empty(chunks * tokens, dtype=torch.float32)
-    weights, project_warps, rows, ranks, warps, unroll = _tiles(m, n, W is not None)
-    produced, rows = max(1, weights // chunk), max(4, rows // batch)
     _project[triton.cdiv(k, produced) * chunks,](
         x,
         B,
@@ -154,9 +167,9 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
         CHUNK=chunk,
         CHUNKS=chunks,
         OVERLAP=overlap,
-        num_warps=project_warps,
+        num_warps=weights // 1024,
     )
-    _combine[triton.cdiv(m, rows),](
+    _combine[lambda config: (triton.cdiv(m, config["ROWS"]),)](
         x,
         y,
         A,
@@ -170,24 +183,11 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
         eps or 0.0,
         GATED=W is not None,
         ALWAYS=not eps,
-        BATCH=batch,
+        BATCH=triton.next_power_of_2(tokens),
         CHUNKS=chunks,
-        ROWS=rows,
-        RANKS=ranks,
         COLUMNS=COLUMNS,
-        UNROLL=unroll,
+        UNROLL=1 if m >= n else 4,  # of the steps along W, so that enough loads are under way
         OVERLAP=overlap,
-        num_warps=warps,
         launch_pdl=overlap,
     )
     return y
-
-
-def _tiles(m: int, n: int, gated: bool) -> tuple[int, int, int, int, int, int]:
-    """What an H100 likes: weights and warps of a program of `_project`; rows, columns of A and warps of `_combine`.
-
-    The last: how many steps along W are unrolled, so that enough loads are under way.
-    """
-    if not gated:
-        return 8192, 4, 64, 256, 16, 1
-    return (4096, 4, 32, 128, 8, 1) if m >= n else (8192, 8, 32, 256, 16, 4)

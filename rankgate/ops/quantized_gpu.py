@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankgate.ops.tuning_gpu import tuned
+
 ONE = 0x3F800000  # float32 1, an argument because the compiler moves constants to a register for every word
 
 
@@ -64,6 +66,19 @@ def _two(packed, dtype: tl.constexpr):
     return first, second
 
 
+def _fitting(configs: list[triton.Config], _: object, *, BATCH: int, **__: object) -> list[triton.Config]:
+    """Those whose sums fit into registers."""
+    return [config for config in configs if config.kwargs["ROWS"] * BATCH <= 128]
+
+
+@tuned(
+    [
+        triton.Config({"ROWS": rows, "WORDS": words}, num_warps=warps)  # words < threads: then x needs no exchange
+        for rows, words, warps in ((64, 64, 4), (32, 64, 4), (32, 128, 8), (16, 128, 8), (16, 256, 16), (8, 64, 4))
+    ],
+    key=["m", "blocks", "BITS", "BATCH"],
+    fitting=_fitting,
+)
 @triton.jit
 def _multiply(
     x,
@@ -79,11 +94,11 @@ def _multiply(
     ZERO: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """out = Q x for some rows and all tokens."""
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
-    WORDS: tl.constexpr = GROUPS * PER
+    GROUPS: tl.constexpr = WORDS // PER
     words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER
     batch, rows = tl.arange(0, BATCH)[:, None], tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, row = tl.minimum(batch, tokens - 1)[:, :, None], tl.minimum(rows, m - 1)[None, :, None]
@@ -130,17 +145,12 @@ def _multiply(
 def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Q x (tokens, m) in `dtype`, from at most 8 tokens x (tokens, n) and the tensors of Q."""
     (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
-    batch = triton.next_power_of_2(tokens)
-    rows, groups, warps = _tiles(m, blocks, bits, batch)
     y = x.new_empty((tokens, m), dtype=dtype)
-    _multiply[triton.cdiv(m, rows),](
+    _multiply[lambda config: (triton.cdiv(m, config["ROWS"]),)](
         *(padded(x), y, codes, scale, zero, tokens, m, blocks, ONE),
         BITS=bits,
         ZERO=zero is not None,
-        BATCH=batch,
-        ROWS=rows,
-        GROUPS=groups,
-        num_warps=warps,
+        BATCH=triton.next_power_of_2(tokens),
     )
     return y
 
@@ -150,14 +160,3 @@ def padded(x: Tensor) -> Tensor:
     missing = -x.shape[-1] % 64
     whole = F.pad(x, (0, missing)) if missing else x.contiguous()
     return whole if whole.data_ptr() % 8 == 0 else whole.clone()
-
-
-def _tiles(m: int, blocks: int, bits: int, batch: int) -> tuple[int, int, int]:
-    """Rows and groups that a program of `_multiply` reads together, and its warps, as an H100 likes them."""
-    if m >= 8192:
-        rows, groups, warps = 64 if m >= 16384 else 32, 8, 4
-    elif m >= 2048:
-        rows, groups, warps = (16, 32, 16) if blocks >= 128 else (16, 16, 8)
-    else:
-        rows, groups, warps = 8, 8, 4
-    return min(rows, 128 // batch), groups * 4 // bits, warps  # as many words and registers whatever the bits and batch
