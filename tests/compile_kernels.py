@@ -28,7 +28,8 @@ F32, I32, I64, I8, U8 = torch.float32, torch.int32, torch.int64, torch.int8, tor
 def build(kernel: Any, constants: dict[str, Any], pdl: bool = False, **arguments: Any) -> None:
     """In every shape that it may be tuned to. arguments: a dtype for a pointer, None, or a number."""
     if isinstance(kernel, Autotuner):
-        possible = kernel.early_config_prune(kernel.configs, {}, **constants)
+        large = {"m": 1 << 12, "k": 1 << 12, "blocks": 1 << 12}
+        possible = kernel.early_config_prune(kernel.configs, large, **constants)
         assert possible
         for config in possible:
             build(kernel.fn, {**constants, **config.kwargs}, pdl, **arguments, num_warps=config.num_warps)
@@ -55,7 +56,7 @@ def main() -> None:
     size = {"tokens": 3, "m": 129, "n": 577, "blocks": 10}
     for dtype in (torch.bfloat16, torch.float32):
         for bits, zero in ((4, None), (4, I8), (8, None)):
-            constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4}
+            constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4, "AFTER": False}
             codes = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero, "one": 1 << 20}
             build(quantized_gpu._multiply, constants, x=dtype, out=dtype, **codes, **size)
         both = {"RANK": 16, "REFINED": True, "LISTING": 1024, "OVERLAP": True}
@@ -71,8 +72,8 @@ def main() -> None:
         numbers = {"share": 3, "width": 64, "value_width": 64, "scale": 0.1}
         build(attention_gpu._attend, constants, q=dtype, k=dtype, v=dtype, out=dtype, **cache, **numbers)
     codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
-    half, constants = torch.float16, {"BITS": 4, "ZERO": False, "BATCH": 1}
-    build(quantized_gpu._multiply, constants, x=half, out=half, **codes, **size)
+    half, constants = torch.float16, {"BITS": 4, "ZERO": False, "BATCH": 1, "AFTER": True}
+    build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, **codes, **size)
     constants = {**both, "CHUNKS": 8, "PARTS": 2, "LISTS": 2, "TOGETHER": 64}
     build(refined_gpu._refine, constants, pdl=True, **low, **lists, **plane, **size)
     matrices = dict.fromkeys(("rows", "s", "z", "U", "codes", "errors"), F32)

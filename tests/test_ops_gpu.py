@@ -39,14 +39,14 @@ def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
 
 
 def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
-    """The kernels one after the other; on a GPU the operator runs them side by side."""
     rows, parts = x.reshape(-1, quantized.n), quantized.parts
-    y = quantized_gpu.gemv(rows, *parts[:3], torch.float32)
-    if parts[4] is not None or parts[6] is not None:
-        extra = refined_gpu.added(rows, quantized.m, *parts[3:])
+    if parts[4] is None and parts[6] is None:
+        y = quantized_gpu.gemv(rows, *parts[:3])
+    else:
+        whole, extra = refined_gpu.gemv(rows, *parts)
         assert extra.shape[0] == refined_gpu.parts_of(quantized.m, quantized.n, parts[6] is not None)[0]
-        y += extra.sum(0)
-    return y.to(x.dtype).view(*x.shape[:-1], quantized.m)
+        y = (whole + extra.sum(0)).to(x.dtype)
+    return y.view(*x.shape[:-1], quantized.m)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

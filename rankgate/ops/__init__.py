@@ -48,26 +48,13 @@ def _gemv_of(x: Tensor, parts: list[Tensor | None]) -> Tensor:
 def _base_gpu(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     from rankgate.ops import quantized_gpu
 
-    return quantized_gpu.gemv(x, codes, scale, zero, x.dtype)
+    return quantized_gpu.gemv(x, codes, scale, zero)
 
 
 def _refined_gpu(x: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
-    from rankgate.ops import quantized_gpu, refined_gpu
+    from rankgate.ops import refined_gpu
 
-    codes, scale, zero, *rest = parts
-    main, beside = torch.cuda.current_stream(x.device), _beside(x.device)
-    beside.wait_stream(main)
-    with torch.cuda.stream(beside):
-        extra = refined_gpu.added(x, len(codes), *rest)
-    y = quantized_gpu.gemv(x, codes, scale, zero, torch.float32)
-    main.wait_stream(beside)
-    return y, extra
-
-
-@functools.cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
-    """A stream for what runs beside the current one. Whatever is put there waits first for the latter."""
-    return torch.cuda.Stream(device)
+    return refined_gpu.gemv(x, *parts)
 
 
 def _refined_shapes(x: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from rankgate import ops
 from rankgate.ops.tuning_gpu import tuned
 
 CHUNK = 4096  # inputs of a program of `_project`, at most
+SMALL = 1 << 19  # elements of A, below which a launch takes longer than reading them
 COLUMNS = 128  # of W that a program of `_combine` reads together
 
 
@@ -64,15 +65,21 @@ def _z(parts, token, tokens, c, k, CHUNKS: tl.constexpr):
     return z
 
 
-def _fitting(configs: list[triton.Config], _: object, *, BATCH: int, **__: object) -> list[triton.Config]:
-    """Those whose sums fit into registers, without those that leave most of them empty."""
-    return [config for config in configs if 16 <= config.kwargs["ROWS"] * BATCH <= 64]
+def _fitting(
+    configs: list[triton.Config], named: dict[str, int], *, GATED: bool, BATCH: int, **__: object
+) -> list[triton.Config]:
+    """Those whose sums fit into registers without leaving most of them empty, also behind the gate, where a program
+    with many rows has too few loads under way; of a small matrix only the last.
+    """
+    most = 32 if GATED else 64
+    fitting = [config for config in configs if 16 <= config.kwargs["ROWS"] * BATCH <= most or config is configs[-1]]
+    return fitting if named["m"] * named["k"] >= SMALL else fitting[-1:]
 
 
 @tuned(
     [
         triton.Config({"ROWS": rows, "RANKS": ranks}, num_warps=warps)  # ranks < threads: then z needs no exchange
-        for rows, ranks, warps in ((64, 128, 8), (32, 128, 8), (16, 128, 8), (64, 256, 16), (32, 256, 16), (8, 128, 8))
+        for rows, ranks, warps in ((64, 128, 8), (64, 256, 16), (32, 256, 16), (32, 128, 8), (16, 128, 8), (8, 128, 8))
     ],
     key=["m", "n", "k", "GATED", "BATCH"],
     fitting=_fitting,

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from rankgate.ops.tuning_gpu import tuned
 
+SMALL = 1 << 22  # weights, below which a launch takes longer than reading them
 ONE = 0x3F800000  # float32 1, an argument because the compiler moves constants to a register for every word
 
 
@@ -66,9 +67,10 @@ def _two(packed, dtype: tl.constexpr):
     return first, second
 
 
-def _fitting(configs: list[triton.Config], _: object, *, BATCH: int, **__: object) -> list[triton.Config]:
-    """Those whose sums fit into registers."""
-    return [config for config in configs if config.kwargs["ROWS"] * BATCH <= 128]
+def _fitting(configs: list[triton.Config], named: dict[str, int], *, BATCH: int, **__: object) -> list[triton.Config]:
+    """Those whose sums fit into registers; of a small matrix only the last, there is nothing to gain."""
+    fitting = [config for config in configs if config.kwargs["ROWS"] * BATCH <= 128]
+    return fitting if named["m"] * named["blocks"] * 64 >= SMALL else fitting[-1:]
 
 
 @tuned(
@@ -93,10 +95,11 @@ def _multiply(
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     BATCH: tl.constexpr,
+    AFTER: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """out = Q x for some rows and all tokens."""
+    """out = Q x for some rows and all tokens. AFTER: overlaps with a launch that must be through when this one is."""
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
     GROUPS: tl.constexpr = WORDS // PER
     words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER
@@ -140,23 +143,36 @@ def _multiply(
         total += s * y
     place, inside = batch * m + rows, (batch < tokens) & (rows < m)
     tl.store(out + place, tl.sum(total, 2).to(out.dtype.element_ty), mask=inside)
+    if AFTER:
+        tl.extra.cuda.gdc_wait()
 
 
-def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Q x (tokens, m) in `dtype`, from at most 8 tokens x (tokens, n) and the tensors of Q."""
-    (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
-    y = x.new_empty((tokens, m), dtype=dtype)
-    _multiply[lambda config: (triton.cdiv(m, config["ROWS"]),)](
-        *(padded(x), y, codes, scale, zero, tokens, m, blocks, ONE),
-        BITS=bits,
-        ZERO=zero is not None,
-        BATCH=triton.next_power_of_2(tokens),
-    )
+def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Q x (tokens, m), from at most 8 tokens x (tokens, n) and the tensors of Q."""
+    y = x.new_empty((len(x), len(codes)))
+    multiply(padded(x), y, codes, scale, zero)
     return y
 
 
+def multiply(x: Tensor, y: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, after: bool = False) -> None:
+    """y (tokens, m) = Q x from `padded` x.
+
+    after: it may begin before the last launch on this stream is through, and ends after it. That launch must not write
+    x, nor read or write y.
+    """
+    (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
+    _multiply[lambda config: (triton.cdiv(m, config["ROWS"]),)](
+        *(x, y, codes, scale, zero, tokens, m, blocks, ONE),
+        BITS=bits,
+        ZERO=zero is not None,
+        BATCH=triton.next_power_of_2(tokens),
+        AFTER=after,
+        launch_pdl=after,
+    )
+
+
 def padded(x: Tensor) -> Tensor:
-    """x (tokens, n) with n filled up to whole groups, where 64 bits can be loaded at once."""
+    """x (tokens, n), n filled up to whole groups, where 64 bits can be loaded at once."""
     missing = -x.shape[-1] % 64
     whole = F.pad(x, (0, missing)) if missing else x.contiguous()
     return whole if whole.data_ptr() % 8 == 0 else whole.clone()

@@ -1,12 +1,14 @@
-"""What low rank and refinement add to a quantised input group on the GPU (Triton); see `QuantizedGroup.reference`.
+"""A quantised input group with low rank or refinement on the GPU (Triton); see `QuantizedGroup.reference`.
 
-Two launches, of which the second overlaps with the first where the hardware can (programmatic dependent launch, sm_90):
+Three launches, each of which overlaps with the one before where the hardware can (programmatic dependent launch,
+sm_90):
 
     _produce    z: CHUNK inputs of B, all ranks; and of LISTING channels those that are open, and x_j column_j of each
     _refine     A z and the open columns of E in some of the lists, for one token and a strip of 128 rows
+    _multiply   the base, see `ops.quantized_gpu`
 
-Few bytes, but one memory access after the other. They run on a stream of their own while the base is multiplied.
-Nobody asks the host: both can be captured in a CUDA graph.
+The first two read few bytes, but one after the other: they wait for memory while the base is multiplied, which needs
+nothing of theirs. Nobody asks the host: all can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rankgate import ops
+from rankgate.ops import quantized_gpu
 
 CHUNK = 512  # inputs of a program of `_produce` for z
 LISTING = 1024  # channels of one for a list
@@ -182,6 +185,7 @@ def _refine(
 ):
     """extra[part, token, row] = the open columns of E in some lists (and A z in part 0), for a strip of 128 rows."""
     if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     pid = tl.program_id(0)
     strip, part, token = pid // (tokens * PARTS), pid // tokens % PARTS, pid % tokens
@@ -210,7 +214,18 @@ def parts_of(m: int, n: int, refined: bool) -> tuple[int, int]:
     return triton.cdiv(lists, some), some
 
 
-def added(
+def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Q x (tokens, m) and what is to be added to it (parts, tokens, m), float32, from at most 8 tokens x (tokens, n).
+
+    The tensors are those of `QuantizedGroup.parts`: base, low rank and refinement.
+    """
+    whole, y = quantized_gpu.padded(x), x.new_empty((len(x), len(codes)), dtype=torch.float32)
+    extra = _added(x.contiguous(), len(codes), *added)  # y has its memory: it is written while these run
+    quantized_gpu.multiply(whole, y, codes, scale, zero, after=ops.overlaps(x.device))
+    return y, extra
+
+
+def _added(
     x: Tensor,
     m: int,
     A: Tensor | None,
@@ -221,11 +236,7 @@ def added(
     column: Tensor | None,
     threshold: Tensor | None,
 ) -> Tensor:
-    """A z + E x (parts, tokens, m) float32, to be summed over the parts, from at most 8 tokens x (tokens, n).
-
-    Low rank (A, B, factor) and refinement (plane, row, column, threshold): either may be all None.
-    """
-    x = x.contiguous()
+    """A z + E x, to be summed over the parts; (A, B, factor) or (plane, row, column, threshold) may be None."""
     (tokens, n), rank = x.shape, 0 if B is None else len(B)
     chunks = triton.cdiv(n, CHUNK) if rank else 0
     lists = 0 if plane is None else triton.cdiv(n, LISTING)
