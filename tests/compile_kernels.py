@@ -49,18 +49,18 @@ def build(kernel: Any, constants: dict[str, Any], pdl: bool = False, **arguments
 
 
 def main() -> None:
-    low = {"B": I8, "factor": F32, "A": I8, "rank": 16}
-    refined: dict[str, Any] = dict.fromkeys(("row_factor", "column", "threshold"), torch.bfloat16)
-    refined |= {"plane": U8, "channels": I32, "scaled": F32, "extra": F32}
+    low = {"B": I8, "factor": F32, "A": I8, "low": F32, "rank": 16}
+    lists: dict[str, Any] = {"column": torch.bfloat16, "threshold": torch.bfloat16, "lists": 4}
+    lists |= {"channels": I32, "scaled": F32, "counts": I32}
+    plane = {"plane": U8, "row_factor": torch.bfloat16, "extra": F32, "projections": 8}
     size = {"tokens": 3, "m": 129, "n": 577, "blocks": 10}
     for dtype in (torch.bfloat16, torch.float32):
         for bits, zero in ((4, None), (4, I8), (8, None)):
             constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4, "AFTER": False}
             codes = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero, "one": 1 << 20}
             build(quantized_gpu._multiply, constants, x=dtype, out=dtype, **codes, **size)
-        constants = {"RANK": 16, "REFINED": True, "PARTS": 2, "INPUTS": 2048, "CHUNK": 512}
-        constants |= {"LISTING": 1024, "TOGETHER": 64, "OVERLAP": True}
-        build(refined_gpu._refine, constants, x=dtype, **low, **refined, **size)
+        both = {"RANK": 16, "REFINED": True, "LISTING": 1024, "OVERLAP": True}
+        build(refined_gpu._produce, {**both, "CHUNK": 512}, x=dtype, **low, **lists, **size)
         for gated in (True, False):
             more = {"parts": F32, "norms": F32, "k": 130, "x": dtype, "B": dtype, "A": dtype, **size}
             constants = {"GATED": gated, "CHUNKS": 2, "OVERLAP": True}
@@ -74,6 +74,8 @@ def main() -> None:
     codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
     half, constants = torch.float16, {"BITS": 4, "ZERO": False, "BATCH": 1, "AFTER": True}
     build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, **codes, **size)
+    constants = {**both, "CHUNKS": 8, "PARTS": 2, "LISTS": 2, "TOGETHER": 64, "SLOTS": 8}
+    build(refined_gpu._refine, constants, pdl=True, **low, **lists, **plane, **size)
     matrices = dict.fromkeys(("rows", "s", "z", "U", "codes", "errors"), F32)
     build(rounding_gpu._round_block, {"B": 64, "M": 32}, **matrices, count=64, m=129, low=0.0, high=15.0)
 

@@ -44,7 +44,7 @@ def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
         y = quantized_gpu.gemv(rows, *parts[:3])
     else:
         whole, extra = refined_gpu.gemv(rows, *parts)
-        assert extra.shape[0] == refined_gpu.parts_of(quantized.m, quantized.n)[0]
+        assert extra.shape[0] == refined_gpu.parts_of(quantized.m, quantized.n, parts[6] is not None)[0]
         y = (whole + extra.sum(0)).to(x.dtype)
     return y.view(*x.shape[:-1], quantized.m)
 

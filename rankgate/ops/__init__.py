@@ -61,7 +61,7 @@ def _refined_shapes(x: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
     from rankgate.ops import refined_gpu
 
     y = x.new_empty((len(x), len(parts[0])), dtype=torch.float32)
-    count, _ = refined_gpu.parts_of(y.shape[1], x.shape[1])
+    count, _ = refined_gpu.parts_of(y.shape[1], x.shape[1], parts[6] is not None)
     return y, y.new_empty((count, *y.shape))
 
 
