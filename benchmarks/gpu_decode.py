@@ -87,7 +87,7 @@ def variants(main: bool, fire: float) -> list[Variant]:
         gsi(1.0),
         lrq(fire),
         gsi(0.1),
-        ("svd", 0.0, lambda m, n: gated(m, n, round(m * n / (SVD_THEORY * (m + n)) / 16) * 16, None)),
+        ("svd", 0.0, lambda m, n: gated(m, n, round(m * n / (SVD_THEORY * (m + n)) / 64) * 64, None)),
         ("int8", 0.0, functools.partial(quantized, bits=8)),
         gsi(0.5),
         lrq(0.0),

@@ -10,7 +10,7 @@ written after every shape. Two minutes on an H100.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,9 +18,6 @@ from gpu import DEVICE, copy_ceiling, device_name, gated, microseconds, noise, q
 from provenance import SEED, write
 from torch import Tensor
 from torch.nn import functional as F
-
-from rankgate.core import GatedGroup
-from rankgate.quantized import QuantizedGroup
 
 SQUARE = ((16384, 4096), (4096, 16384), (28672, 8192))  # of the weight-decomposition and subspace papers' models
 LLAMA = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (960, 576), (3072, 576))  # 7B, SmolLM2-135M
@@ -82,7 +79,7 @@ def subspaces(m: int, n: int) -> Iterator[dict[str, Any]]:
     x = noise(1, n)
     dense = dense_row(m, n, x)
     yield dense
-    rank = round(m * n / (SVD_THEORY * (m + n)) / 16) * 16
+    rank = round(m * n / (SVD_THEORY * (m + n)) / 64) * 64
     for name, k, eps, fire in (("gsi", K, CLOSED, 0.0), ("gsi", K, OPEN, 1.0), ("svd", rank, None, 0.0)):
         groups = rotate(lambda k=k, eps=eps: gated(m, n, k, eps), 2 * k * (m + n) + fire * 2 * m * n)
         yield measured(name, groups, x, fire, dense, k=k)
@@ -141,19 +138,10 @@ def dense_row(m: int, n: int, x: Tensor) -> dict[str, Any]:
 
 def measured(name: str, groups: list[Any], x: Tensor, fire: float, dense: dict[str, Any], k: int) -> dict[str, Any]:
     """`fire`: the share of tokens, or of a token's channels, whose gate opens; several tokens open others."""
-    us = microseconds([kernel(group, x) for group in groups])
+    us = microseconds([lambda group=group: group(x) for group in groups])
     nbytes = read_bytes(groups[0], 1 - (1 - fire) ** len(x))
     result = row(name, groups[0].m, groups[0].n, k, len(x), fire, us, nbytes)
     return {**result, "speedup": dense["us"] / us, "theory": dense["bytes"] / nbytes}
-
-
-def kernel(group: GatedGroup | QuantizedGroup, x: Tensor) -> Callable[[], object]:
-    """The launches of a group, without the last sum: the compiler fuses it with what is done to y."""
-    if isinstance(group, GatedGroup):
-        return lambda: group(x)
-    if group.low_rank is None and group.refinement is None:
-        return lambda: torch.ops.rankgate.quantized_gemv.base(x, *group.parts[:3])
-    return lambda: torch.ops.rankgate.quantized_gemv.refined(x, group.parts)
 
 
 def row(name: str, m: int, n: int, k: int, batch: int, fire: float, us: float, nbytes: float) -> dict[str, Any]:

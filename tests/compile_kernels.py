@@ -56,9 +56,9 @@ def main() -> None:
     size = {"tokens": 3, "m": 129, "n": 577, "blocks": 10}
     for dtype in (torch.bfloat16, torch.float32):
         for bits, zero in ((4, None), (4, I8), (8, None)):
-            constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4, "AFTER": False}
+            constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4, "PARTS": 0, "OVERLAP": False}
             codes = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero, "one": 1 << 20}
-            build(quantized_gpu._multiply, constants, x=dtype, out=dtype, **codes, **size)
+            build(quantized_gpu._multiply, constants, x=dtype, out=dtype, extra=None, **codes, **size)
         both = {"RANK": 16, "REFINED": True, "LISTING": 1024, "OVERLAP": True}
         build(refined_gpu._produce, {**both, "CHUNK": 512}, x=dtype, **low, **lists, **size)
         for gated in (True, False):
@@ -72,8 +72,8 @@ def main() -> None:
         numbers = {"share": 3, "width": 64, "value_width": 64, "scale": 0.1}
         build(attention_gpu._attend, constants, q=dtype, k=dtype, v=dtype, out=dtype, **cache, **numbers)
     codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
-    half, constants = torch.float16, {"BITS": 4, "ZERO": False, "BATCH": 1, "AFTER": True}
-    build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, **codes, **size)
+    half, constants = torch.float16, {"BITS": 4, "ZERO": False, "BATCH": 1, "PARTS": 2, "OVERLAP": True}
+    build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, extra=F32, **codes, **size)
     constants = {**both, "CHUNKS": 8, "PARTS": 2, "LISTS": 2, "TOGETHER": 64, "SLOTS": 8}
     build(refined_gpu._refine, constants, pdl=True, **low, **lists, **plane, **size)
     matrices = dict.fromkeys(("rows", "s", "z", "U", "codes", "errors"), F32)

@@ -10,7 +10,7 @@ import torch
 from test_ops import FLOAT32_STEPS, group
 from torch import Tensor
 
-from rankgate.ops import attention_gpu, gated_gpu, quantized_gpu, refined_gpu
+from rankgate.ops import attention_gpu, gated_gpu, quantized_gpu
 from rankgate.ops.attention import attend_reference
 from rankgate.quantized import QuantizedGroup
 
@@ -39,13 +39,7 @@ def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
 
 
 def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
-    rows, parts = x.reshape(-1, quantized.n), quantized.parts
-    if parts[4] is None and parts[6] is None:
-        y = quantized_gpu.gemv(rows, *parts[:3])
-    else:
-        whole, extra = refined_gpu.gemv(rows, *parts)
-        assert extra.shape[0] == refined_gpu.parts_of(quantized.m, quantized.n, parts[6] is not None)[0]
-        y = (whole + extra.sum(0)).to(x.dtype)
+    y = quantized_gpu.gemv(x.reshape(-1, quantized.n), *quantized.parts)
     return y.view(*x.shape[:-1], quantized.m)
 
 

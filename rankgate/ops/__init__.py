@@ -5,7 +5,6 @@ A kernel module is imported when it is first needed: `ops.cpu` brings Numba, `op
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -45,24 +44,10 @@ def _gemv_of(x: Tensor, parts: list[Tensor | None]) -> Tensor:
     return cpu.gemv(x, table.ctypes.data, int(table[cpu.M]))
 
 
-def _base_gpu(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def _gemv_gpu(x: Tensor, parts: list[Any]) -> Tensor:
     from rankgate.ops import quantized_gpu
 
-    return quantized_gpu.gemv(x, codes, scale, zero)
-
-
-def _refined_gpu(x: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
-    from rankgate.ops import refined_gpu
-
-    return refined_gpu.gemv(x, *parts)
-
-
-def _refined_shapes(x: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
-    from rankgate.ops import refined_gpu
-
-    y = x.new_empty((len(x), len(parts[0])), dtype=torch.float32)
-    count, _ = refined_gpu.parts_of(y.shape[1], x.shape[1], parts[6] is not None)
-    return y, y.new_empty((count, *y.shape))
+    return quantized_gpu.gemv(x.reshape(-1, x.shape[-1]), *parts).view(*x.shape[:-1], len(parts[0]))
 
 
 def _gated(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -> Tensor:
@@ -95,13 +80,8 @@ _library.impl("quantized_gemv", _gemv, "CPU")
 _library.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
 _library.define("quantized_gemv.parts(Tensor x, Tensor?[] parts) -> Tensor")
 _library.impl("quantized_gemv.parts", _gemv_of, "CPU")
+_library.impl("quantized_gemv.parts", _gemv_gpu, "CUDA")
 _library.impl("quantized_gemv.parts", lambda x, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
-_library.define("quantized_gemv.base(Tensor x, Tensor codes, Tensor scale, Tensor? zero) -> Tensor")
-_library.impl("quantized_gemv.base", _base_gpu, "CUDA")
-_library.impl("quantized_gemv.base", lambda x, codes, *_: x.new_empty((len(x), len(codes))), "Meta")
-_library.define("quantized_gemv.refined(Tensor x, Tensor?[] parts) -> (Tensor, Tensor)")
-_library.impl("quantized_gemv.refined", _refined_gpu, "CUDA")
-_library.impl("quantized_gemv.refined", _refined_shapes, "Meta")
 _library.define("gated(Tensor x, Tensor B, Tensor A, Tensor? W, float? eps) -> Tensor")
 _library.impl("gated", _gated, "CPU")
 _library.impl("gated", _gated_gpu, "CUDA")
@@ -141,11 +121,5 @@ def quantized(group: QuantizedGroup, x: Tensor) -> Tensor:
             return y
         return group.reference(x, cpu.dequantize(group.base))
     if here and few and x.dtype != torch.float64 and has_triton(x.device):
-        rows = x.reshape(-1, group.n)
-        if group.low_rank is None and group.refinement is None:
-            y = torch.ops.rankgate.quantized_gemv.base(rows, *group.parts[:3])
-        else:  # the sum apart from the kernels, so that a compiler can fuse it with what is done to y
-            whole, extra = torch.ops.rankgate.quantized_gemv.refined(rows, group.parts)
-            y = (whole + extra.sum(0)).to(x.dtype)
-        return y.view(*x.shape[:-1], group.m)
+        return torch.ops.rankgate.quantized_gemv.parts(x, group.parts)
     return group.reference(x)

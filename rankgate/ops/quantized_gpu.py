@@ -1,6 +1,7 @@
-"""The base Q x of a quantised input group on the GPU (Triton), for a few tokens; see `QuantizedGroup.reference`.
+"""A quantised input group on the GPU (Triton), for a few tokens: the contract of `QuantizedGroup.reference`.
 
-What the gate and the low rank add is found out beside it, in `ops.refined_gpu`.
+What low rank and refinement add is found out in launches of their own (`ops.refined_gpu`), with which `_multiply`
+overlaps where the hardware can. Nobody asks the host: all can be captured in a CUDA graph.
 
 Codes become floats without conversions: under the exponent of 1, a nibble at bit 16 is 1 + q / 128, one at bit 12 is
 1 + q / 2048. So
@@ -18,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankgate import ops
+from rankgate.ops import refined_gpu
 from rankgate.ops.tuning_gpu import tuned
 
 SMALL = 1 << 22  # weights, below which a launch takes longer than reading them
@@ -88,6 +91,7 @@ def _multiply(
     codes,
     scale,
     zero,
+    extra,
     tokens,
     m,
     blocks,
@@ -95,11 +99,12 @@ def _multiply(
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     BATCH: tl.constexpr,
-    AFTER: tl.constexpr,
+    PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """out = Q x for some rows and all tokens. AFTER: overlaps with a launch that must be through when this one is."""
+    """out = Q x + Σ extra, over its PARTS, for some rows and all tokens."""
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
     GROUPS: tl.constexpr = WORDS // PER
     words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER
@@ -141,37 +146,34 @@ def _multiply(
                 z /= 128
             y -= z * tl.sum(tl.reshape(v, (BATCH, 1, GROUPS, PER)), 3)
         total += s * y
+    y = tl.sum(total, 2)
     place, inside = batch * m + rows, (batch < tokens) & (rows < m)
-    tl.store(out + place, tl.sum(total, 2).to(out.dtype.element_ty), mask=inside)
-    if AFTER:
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
+    for part in tl.static_range(PARTS):
+        y += tl.load(extra + part * tokens * m + place, mask=inside, other=0.0)
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
 
 
-def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Q x (tokens, m), from at most 8 tokens x (tokens, n) and the tensors of Q."""
-    y = x.new_empty((len(x), len(codes)))
-    multiply(padded(x), y, codes, scale, zero)
-    return y
-
-
-def multiply(x: Tensor, y: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, after: bool = False) -> None:
-    """y (tokens, m) = Q x from `padded` x.
-
-    after: it may begin before the last launch on this stream is through, and ends after it. That launch must not write
-    x, nor read or write y.
-    """
+def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: Tensor | None) -> Tensor:
+    """y (tokens, m) from at most 8 tokens x (tokens, n) and the tensors of `QuantizedGroup.parts`."""
     (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
+    whole, y = _padded(x), x.new_empty((tokens, m))
+    extra = None if all(part is None for part in added) else refined_gpu.added(x, m, *added)
+    overlap = extra is not None and ops.overlaps(x.device)  # then x, which they read, is there
     _multiply[lambda config: (triton.cdiv(m, config["ROWS"]),)](
-        *(x, y, codes, scale, zero, tokens, m, blocks, ONE),
+        *(whole, y, codes, scale, zero, extra, tokens, m, blocks, ONE),
         BITS=bits,
         ZERO=zero is not None,
         BATCH=triton.next_power_of_2(tokens),
-        AFTER=after,
-        launch_pdl=after,
+        PARTS=0 if extra is None else len(extra),
+        OVERLAP=overlap,
+        launch_pdl=overlap,
     )
+    return y
 
 
-def padded(x: Tensor) -> Tensor:
+def _padded(x: Tensor) -> Tensor:
     """x (tokens, n), n filled up to whole groups, where 64 bits can be loaded at once."""
     missing = -x.shape[-1] % 64
     whole = F.pad(x, (0, missing)) if missing else x.contiguous()

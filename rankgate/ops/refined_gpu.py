@@ -1,14 +1,12 @@
-"""A quantised input group with low rank or refinement on the GPU (Triton); see `QuantizedGroup.reference`.
+"""What low rank and refinement add to a quantised input group on the GPU (Triton); see `QuantizedGroup.reference`.
 
-Three launches, each of which overlaps with the one before where the hardware can (programmatic dependent launch,
-sm_90):
+Two launches, of which the second overlaps with the first where the hardware can (programmatic dependent launch, sm_90):
 
     _produce    z: CHUNK inputs of B, all ranks; and of LISTING channels those that are open, and x_j column_j of each
-    _refine     A z and the open columns of E in some of the lists, for one token and a strip of 128 rows
-    _multiply   the base, see `ops.quantized_gpu`
+    _refine     A z, or the open columns of E in some of the lists, for one token and a strip of 128 rows
 
-The first two read few bytes, but one after the other: they wait for memory while the base is multiplied, which needs
-nothing of theirs. Nobody asks the host: all can be captured in a CUDA graph.
+Few bytes, but one memory access after the other: the base, which needs nothing of theirs but at its end, is multiplied
+meanwhile, see `ops.quantized_gpu`.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rankgate import ops
-from rankgate.ops import quantized_gpu
 
 CHUNK = 512  # inputs of a program of `_produce` for z
 LISTING = 1024  # channels of one for a list
@@ -183,53 +180,36 @@ def _refine(
     SLOTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """extra[part, token, row] = the open columns of E in some lists (and A z in part 0), for a strip of 128 rows."""
+    """extra[part, token, row]: the open columns of E in some lists, or A z (the last part), for a strip of 128 rows."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     strip, part, token = pid // (tokens * PARTS), pid // tokens % PARTS, pid % tokens
     row = strip * 128 + tl.arange(0, 128)
+    last = part == PARTS - 1
     if RANK > 0:
-        r, mine = tl.arange(0, RANK), tl.where(part == 0, m, 0)
-        a = tl.load(A + row[:, None] * rank + r, mask=(row < mine)[:, None] & (r < rank), other=0)
+        r, rows = tl.arange(0, RANK), tl.where(last, m, 0)
+        a = tl.load(A + row[:, None] * rank + r, mask=(row < rows)[:, None] & (r < rank), other=0)
     if REFINED:
-        factor = tl.load(row_factor + row, mask=row < m, other=0.0).to(tl.float32)
+        factor = tl.load(row_factor + row, mask=row < m, other=0.0)
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     total = tl.zeros((128,), tl.float32)
     if REFINED:
         stride = tl.where(strip * 128 + 128 <= tl.cdiv(m, 64) * 64, 16, 8)
-        here, first = plane.to(tl.pointer_type(tl.int32)) + strip * 16 * n, token * lists + part * LISTS
-        last = tl.minimum(first + LISTS, (token + 1) * lists)
-        total += factor * _gather(here, channels, scaled, counts, first, last, stride, LISTING, TOGETHER, SLOTS)
+        here, begin = plane.to(tl.pointer_type(tl.int32)) + strip * 16 * n, token * lists
+        first, end = begin + tl.minimum(part * LISTS, lists), begin + tl.minimum((part + 1) * LISTS, lists)
+        e = _gather(here, channels, scaled, counts, first, end, stride, LISTING, TOGETHER, SLOTS)
+        total += factor.to(tl.float32) * e
     if RANK > 0:
-        if part == 0:
-            chunk = tl.arange(0, CHUNKS)
-            z = tl.load(
-                low + (chunk[:, None] * tokens + token) * RANK + r, mask=(chunk < projections)[:, None], other=0.0
-            )
+        if last:
+            chunk = tl.arange(0, CHUNKS)[:, None]
+            z = tl.load(low + (chunk * tokens + token) * RANK + r, mask=chunk < projections, other=0.0)
             total += tl.sum(a.to(tl.float32) * tl.sum(z, 0)[None, :], 1)
     tl.store(extra + (part * tokens + token) * m + row, total, mask=row < m)
 
 
-def parts_of(m: int, n: int, refined: bool) -> tuple[int, int]:
-    """How many parts what is added comes in, and of how many lists each takes care."""
-    lists = triton.cdiv(n, LISTING) if refined else 1
-    some = triton.next_power_of_2(triton.cdiv(lists, max(1, PROGRAMS // triton.cdiv(m, 128))))
-    return triton.cdiv(lists, some), some
-
-
-def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Q x (tokens, m) and what is to be added to it (parts, tokens, m), float32, from at most 8 tokens x (tokens, n).
-
-    The tensors are those of `QuantizedGroup.parts`: base, low rank and refinement.
-    """
-    whole, y = quantized_gpu.padded(x), x.new_empty((len(x), len(codes)), dtype=torch.float32)
-    extra = _added(x.contiguous(), len(codes), *added)  # y has its memory: it is written while these run
-    quantized_gpu.multiply(whole, y, codes, scale, zero, after=ops.overlaps(x.device))
-    return y, extra
-
-
-def _added(
+def added(
     x: Tensor,
     m: int,
     A: Tensor | None,
@@ -240,12 +220,17 @@ def _added(
     column: Tensor | None,
     threshold: Tensor | None,
 ) -> Tensor:
-    """A z + E x, to be summed over the parts; (A, B, factor) or (plane, row, column, threshold) may be None."""
+    """A z + E x (parts, tokens, m) float32, to be summed over the parts, from at most 8 tokens x (tokens, n).
+
+    Low rank (A, B, factor) or refinement (plane, row, column, threshold) may be all None.
+    """
+    x = x.contiguous()
     (tokens, n), rank = x.shape, 0 if B is None else len(B)
     chunks = triton.cdiv(n, CHUNK) if rank else 0
     lists = 0 if plane is None else triton.cdiv(n, LISTING)
     padded_rank = triton.next_power_of_2(rank) if rank else 0
-    parts, some = parts_of(m, n, plane is not None)
+    some = triton.next_power_of_2(triton.cdiv(lists, max(1, PROGRAMS // triton.cdiv(m, 128)))) if lists else 1
+    parts = triton.cdiv(lists, some) + (rank > 0)
     overlap = ops.overlaps(x.device)
     low = x.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
     channels = x.new_empty(lists * tokens * LISTING, dtype=torch.int32)
