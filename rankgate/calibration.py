@@ -69,16 +69,16 @@ class GroupStats:
     _eigen: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def to(self, device: torch.device) -> GroupStats:
-        """These statistics on `device`: themselves if they are there."""
-        if self.C.device == device:
+        """These statistics on `device`: themselves if they are there. C, which is large, stays where it is."""
+        if self.sample.device == device:
             return self
         sensitivity = None if self.sensitivity is None else self.sensitivity.to(device)
-        return replace(self, C=self.C.to(device), sample=self.sample.to(device), sensitivity=sensitivity, _eigen=None)
+        return replace(self, sample=self.sample.to(device), sensitivity=sensitivity, _eigen=None)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of C (n, descending, ≥ 0) and eigenvectors as columns (n × n). Computed once."""
         if self._eigen is None:
-            values, vectors = torch.linalg.eigh(self.C)
+            values, vectors = torch.linalg.eigh(self.C.to(self.sample.device))
             self._eigen = values.flip(0).clamp_min(0), vectors.flip(1)
         return self._eigen
 

@@ -44,6 +44,7 @@ RIDGE = 1e-6  # the same for the low-rank step
 FLOOR = 1e-3  # of the mean sensitivity, added to each
 ROWS = 8192  # rounded to nearest at a time, which bounds the memory for an output embedding
 OPEN_PART = 0.05  # of C that counts also behind open gates
+COLUMNS = 2048  # of a triangular matrix inverted together
 BLOCK = 64  # columns whose errors are propagated together
 CHUNK = 8  # components of a low-rank correction that kernels handle at a time
 
@@ -63,11 +64,15 @@ class Metric:
     @cached_property
     def propagation(self) -> Tensor:
         """Upper U (n × n) with Uᵀ U = C⁻¹, in the order of rounding: row j says where the error of column j goes."""
-        C = self.C[self.order][:, self.order].double()
-        R = factor(C.flip(0, 1), DAMPING).flip(0, 1)  # C = R Rᵀ, R upper
-        identity = torch.eye(len(R), dtype=R.dtype, device=R.device)
-        U: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
-        return U.float()
+        backwards = self.order.flip(0)
+        R = factor(self.C[backwards][:, backwards].double(), DAMPING).flip(0, 1)  # C = R Rᵀ in that order, R upper
+        U = torch.zeros_like(R, dtype=torch.float32)
+        for stop in range(len(R), 0, -COLUMNS):  # some columns at a time, for the sake of memory
+            start = max(0, stop - COLUMNS)
+            unit = R.new_zeros(stop, stop - start)
+            unit[start:].fill_diagonal_(1)
+            U[:stop, start:stop] = torch.linalg.solve_triangular(R[:stop, :stop], unit, upper=True)
+        return U
 
     @cached_property
     def root(self) -> Tensor:
@@ -78,14 +83,15 @@ class Metric:
 def factor(C: Tensor, damping: float) -> Tensor:
     """L (n × n), lower, with L Lᵀ = C + `damping` of its mean diagonal, or the least of 10, 100 … times that.
 
-    Fewer tokens than inputs, or inputs that are always zero, leave C singular, and rounding decides its signs.
+    Fewer tokens than inputs, or inputs that are always zero, leave C singular, and rounding decides its signs. C is
+    changed.
     """
-    mean = C.diagonal().mean().clamp_min(1e-30)
+    diagonal = C.diagonal().clone()
+    mean = diagonal.mean().clamp_min(1e-30)
     L: Tensor
     while True:
-        damped = C.clone()
-        damped.diagonal().add_(damping * mean)
-        L, failed = torch.linalg.cholesky_ex(damped)
+        C.diagonal().copy_(diagonal + damping * mean)
+        L, failed = torch.linalg.cholesky_ex(C)
         if not failed:
             return L
         damping *= 10
@@ -242,16 +248,16 @@ def quantize_group(
     """
     W, metric, D = W.float(), Metric(C), output_weights(sensitivity)
     base = compensated(W, metric, bits, symmetric)
-    left = W - base.dequantize()
-    rounded = corrected = predicted_loss(left, metric, D)
+    rounded = predicted_loss(W - base.dequantize(), metric, D)
     correction = None
     for _ in range(rounds if rank else 0):
         if correction is not None:
             base = compensated(W - correction.dequantize(), metric, bits, symmetric)
         correction = low_rank(W - base.dequantize(), metric, D, rank)
+    left = W - base.dequantize()
     if correction is not None:
-        left = W - base.dequantize() - correction.dequantize()
-        corrected = predicted_loss(left, metric, D)
+        left -= correction.dequantize()
+    corrected = predicted_loss(left, metric, D)
     if not refined:
         return GroupResult(base, correction, None, None, Losses(rounded, corrected, corrected))
     plane, worth = refine(left, D)
@@ -329,7 +335,7 @@ def closed_moment(C: Tensor, x: Tensor, thresholds: Tensor) -> Tensor:
     """
     energy = x.float().square()
     s = (energy * (x.abs() <= thresholds)).mean(0) / energy.mean(0).clamp_min(torch.finfo(torch.float32).tiny)
-    closed = C * s[:, None] * s
+    closed = (C * s[:, None]).mul_(s)
     closed.diagonal().copy_(C.diagonal() * s)
     return closed.lerp_(C, OPEN_PART)
 

@@ -28,7 +28,7 @@ F32, I32, I64, I8, U8 = torch.float32, torch.int32, torch.int64, torch.int8, tor
 def build(kernel: Any, constants: dict[str, Any], pdl: bool = False, **arguments: Any) -> None:
     """In every shape that it may be tuned to. arguments: a dtype for a pointer, None, or a number."""
     if isinstance(kernel, Autotuner):
-        large = {"m": 1 << 12, "k": 1 << 12, "blocks": 1 << 12}
+        large = dict.fromkeys(("m", "n", "k", "blocks"), 1 << 12)
         possible = kernel.early_config_prune(kernel.configs, large, **constants)
         assert possible
         for config in possible:

@@ -75,7 +75,8 @@ class LRQConfig(Method):
         gates: list[tuple[ChannelGate, ChannelWorth]] = []
         for g, (layers, stats) in enumerate(groups()):
             assert stats is not None and stats.sensitivity is not None
-            W, C = stacked(layers), stats.C
+            W = stacked(layers)
+            C = stats.C.to(W.device)
             if expected:
                 C = closed_moment(C, stats.sample, expected[g].thresholds(level))
             result = quantize_group(
@@ -107,7 +108,7 @@ class LRQConfig(Method):
             spectra.append(torch.empty(0))
             if self.rank:
                 most = SPREAD * self.rank
-                spectra[-1] = spectrum(W, stats.C, stats.sensitivity, self.bits, self.symmetric, most)
+                spectra[-1] = spectrum(W, stats.C.to(W.device), stats.sensitivity, self.bits, self.symmetric, most)
             if self.refine:
                 worth = rounding_worth(W, stats.sensitivity, self.bits)
                 expected.append(ChannelWorth(stats.sample, worth, len(W)))

@@ -96,7 +96,8 @@ def _setting(name: str, value: Any) -> Setting | None:
 def quantize(layers: list[Linear], stats: GroupStats, setting: Setting, rounds: int = 3) -> GroupResult:
     """The linears of one group, stacked and quantised; gates are still shut. `rounds`: see `quantize_group`."""
     assert stats.sensitivity is not None
-    W, C = stacked(layers), stats.C
+    W = stacked(layers)
+    C = stats.C.to(W.device)
     if setting.refine:
         expected = ChannelWorth(stats.sample, rounding_worth(W, stats.sensitivity, setting.bits), len(W))
         C = closed_moment(C, stats.sample, expected.thresholds(gate_level([expected], setting.refine)))

@@ -68,12 +68,17 @@ def _z(parts, token, tokens, c, k, CHUNKS: tl.constexpr):
 def _fitting(
     configs: list[triton.Config], named: dict[str, int], *, GATED: bool, BATCH: int, **__: object
 ) -> list[triton.Config]:
-    """Those whose sums fit into registers without leaving most of them empty, also behind the gate, where a program
-    with many rows has too few loads under way; of a small matrix only the last.
+    """Those whose sums fit into registers without leaving most of them empty; of a small matrix only the last.
+
+    One of them for a token behind a gate: what is best for A must not be chosen at the cost of W, and what it takes on
+    an H100, 7 µs of which most is waiting, is too short to tell them apart.
     """
-    most = 32 if GATED else 64
-    fitting = [config for config in configs if 16 <= config.kwargs["ROWS"] * BATCH <= most or config is configs[-1]]
-    return fitting if named["m"] * named["k"] >= SMALL else fitting[-1:]
+    m, n, k = (named[name] for name in "mnk")
+    if GATED and BATCH == 1:
+        rows, ranks = (32, 128) if m >= n else (32, 256)
+        return [c for c in configs if (c.kwargs["ROWS"], c.kwargs["RANKS"]) == (rows, ranks)]
+    fitting = [config for config in configs if 16 <= config.kwargs["ROWS"] * BATCH <= 64]
+    return fitting if m * k >= SMALL else fitting[-1:]
 
 
 @tuned(
