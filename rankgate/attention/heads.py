@@ -1,0 +1,168 @@
+"""A window and a tolerance for each key head, by what they cost: some heads look only near, some need everything.
+
+On calibration text, every key head is tried with every candidate: windows of 64, 128, 256 … tokens without
+representatives, and a window of 128 with representatives of its own keys at several τ. An error Δ of a head's output o
+costs about
+
+    ½ Σ_j F_j E[Δ_j²]      F_j = E[(∂ log p / ∂ o_j)²]      nats of KL per token,
+
+with labels sampled from the model's own predictions: the measure that `quantize` uses for weights. Then each head takes
+the candidate with the least loss + λ · keys read, for the λ at which all heads together read the share asked for.
+
+What is chosen holds for texts about as long as those windows. Not covered: that heads make up for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from rankgate.attention.attend import decoder
+from rankgate.attention.strands import Heads, Strand
+from rankgate.calibration import evaluation_mode
+from rankgate.errors import RankgateError
+from rankgate.progress import track
+
+NAME = "rankgate_probe"  # in transformers' registry, while heads are probed
+SHORTEST = 64  # window tried; each other is twice the one before
+BESIDE = 128  # window with representatives
+TAUS = (0.2, 0.3, 0.4, 0.5)
+SINKS = 4
+Probe = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """What each key head reads, by layer. `share`: of the keys, on the calibration text; `loss`: nats, predicted."""
+
+    heads: tuple[tuple[Heads, ...], ...]
+    share: float
+    loss: float
+
+
+def choose_heads(model: PreTrainedModel, windows: Tensor, keys: float, *, progress: bool = False) -> HeadPlan:
+    """Settings for every key head of `model`, with which they read a share `keys` of the keys of dense attention.
+
+    windows: (count × length) token ids; a share is meant for texts of that length.
+    Raises RankgateError if the share is not in (0, 1], or below what the shortest windows read.
+    """
+    if not 0 < keys <= 1:
+        raise RankgateError(f"keys {keys} is out of range; give a share in (0, 1]")
+    sensitivity = _sensitivities(model, windows, progress=progress)
+    candidates = _candidates(windows.shape[1])
+    losses, shares = _tried(model, windows, candidates, sensitivity, progress=progress)
+    pick = _within(losses, shares, keys)
+    share, loss = (table.gather(1, pick[:, None]).squeeze(1) for table in (shares, losses))
+    if share.mean().item() > keys:
+        raise RankgateError(
+            f"no choice of windows reads only {keys:.0%} of the keys; ask for {share.mean():.2f} or more"
+        )
+    layers = len(decoder(model)[1])
+    rows = pick.view(layers, -1).tolist()
+    heads = tuple(tuple(candidates[i] for i in row) for row in rows)
+    return HeadPlan(heads, share.mean().item(), loss.sum().item())
+
+
+def _candidates(length: int) -> list[Heads]:
+    windows = [SHORTEST << i for i in range(32) if SHORTEST << i < length]
+    return [Heads(None, None), *(Heads(w, None) for w in windows), *(Heads(BESIDE, tau) for tau in TAUS)]
+
+
+def _within(losses: Tensor, shares: Tensor, keys: float) -> Tensor:
+    """The candidate of each head (heads × candidates in both tables) with the least loss at a mean share of `keys`."""
+    low, high = 1e-12, 1e3
+    while high / low > 1 + 1e-3:
+        price = (low * high) ** 0.5
+        pick = (losses + price * shares).argmin(1)
+        read = shares.gather(1, pick[:, None]).mean().item()
+        low, high = (price, high) if read > keys else (low, price)
+    return (losses + high * shares).argmin(1)
+
+
+def _sensitivities(model: PreTrainedModel, windows: Tensor, *, progress: bool) -> list[Tensor]:
+    """F of every layer's attention output (heads × width)."""
+    total: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def probe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        y = _dense(q, k, v, scale).requires_grad_()
+        y.retain_grad()
+        outputs.append(y)
+        return y
+
+    generator = torch.Generator(model.device).manual_seed(0)
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with _probing(model, probe), evaluation_mode(model):
+            for window in track(windows.split(1), "sensitivity", enabled=progress):
+                outputs.clear()
+                logits = model(input_ids=window.to(model.device), use_cache=False).logits[0].float()
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                F.cross_entropy(logits, labels, reduction="sum").backward()
+                energy = [cast(Tensor, y.grad).float().square().mean((0, 2)) for y in outputs]
+                total = energy if not total else [a + b for a, b in zip(total, energy, strict=True)]
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_()
+    return [energy / len(windows) for energy in total]
+
+
+def _tried(
+    model: PreTrainedModel, windows: Tensor, candidates: list[Heads], sensitivity: list[Tensor], *, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """Predicted loss, and share of the keys that are read, of every key head with every candidate."""
+    losses: dict[tuple[int, int], Tensor] = {}
+    shares: dict[tuple[int, int], Tensor] = {}
+
+    def probe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        y, per_key = _dense(q, k, v, scale), q.shape[1] // k.shape[1]
+        for h in range(k.shape[1]):
+            mine = slice(h * per_key, (h + 1) * per_key)
+            rows = []
+            for own in candidates:
+                strand = Strand(slice(h, h + 1), own, SINKS)
+                few = strand.attend(q[0, mine], k[0, h : h + 1], v[0, h : h + 1], None, None, scale)
+                error = (few - y[0, mine]).float().square().mean(1)
+                rows.append((0.5 * (error * sensitivity[layer][mine]).sum().item(), strand.read.item() / strand.pairs))
+            found = torch.tensor(rows, dtype=torch.float64)
+            losses[layer, h] = losses.get((layer, h), 0) + found[:, 0] / len(windows)
+            shares[layer, h] = shares.get((layer, h), 0) + found[:, 1] / len(windows)
+        return y
+
+    with _probing(model, probe), evaluation_mode(model), torch.inference_mode():
+        for window in track(windows.split(1), "trying heads", enabled=progress):
+            model(input_ids=window.to(model.device), use_cache=False)
+    return torch.stack([losses[key] for key in sorted(losses)]), torch.stack([shares[key] for key in sorted(shares)])
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """(1, heads, T, width)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
+
+
+@contextmanager
+def _probing(model: PreTrainedModel, probe: Probe) -> Iterator[None]:
+    """Attention is `probe`, of a layer, in the meantime."""
+    decoder(model)  # whether that can be
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        return probe(int(cast(Any, module).layer_idx), query, key, value, scale).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

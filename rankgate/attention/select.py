@@ -1,0 +1,174 @@
+"""Which tokens stand for the others: representatives by a Gram threshold, and their inheritance from layer to layer.
+
+The states of a layer's tokens are scaled to length 1, so that their Gram matrix holds cosines. A token is represented
+when its cosine with an earlier one is above 1 − τ²; the others are representatives. Two rules say with which:
+
+    earlier   with any earlier token (Activation Decorrelation Attention)
+    greedy    with an earlier representative: each represented token then has one that is near
+
+A represented token is assigned to the earlier representative it is most like. With τ = 0 every token is one.
+
+The cascade does not start anew at the next layer. It inherits the representatives and repairs them: those that an
+earlier one represents are removed, and tokens that none represents any more are added. It compares the r
+representatives with each other, the other T − r tokens with them, and the a new ones with each other: O(T r) cosines
+where a selection takes O(T²).
+
+All of it is causal, and done in blocks of rows against the columns before them: memory is O(BLOCK T). `dots` counts the
+cosines that were computed. A block needs no loop over its tokens: greedy choice is the lexicographically first maximal
+independent set, which is found in a few rounds (Blelloch et al., 2012).
+
+Not covered: how similar outputs are; cosines of inputs are a stand-in for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Rule = Literal["earlier", "greedy"]
+BLOCK = 512  # tokens compared together
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Representatives of T tokens. `dots`: cosines computed for it; `added` and `removed`: by the cascade.
+
+    chosen: (T,) bool. owner: (T,) the representative of every token, itself where it is one.
+    """
+
+    chosen: Tensor
+    owner: Tensor
+    dots: int
+    added: int = 0
+    removed: int = 0
+
+    @property
+    def share(self) -> float:
+        """r / T."""
+        return self.chosen.float().mean().item()
+
+    def same_as(self, other: Selection) -> float:
+        """Jaccard overlap of two sets of representatives."""
+        return ((self.chosen & other.chosen).sum() / (self.chosen | other.chosen).sum().clamp_min(1)).item()
+
+
+def unit(states: Tensor, centred: bool = False) -> Tensor:
+    """States (…, d) at length 1, float32; `centred` takes the mean over d from each first: cosines are correlations."""
+    states = states.float()
+    if centred:
+        states = states - states.mean(-1, keepdim=True)
+    return F.normalize(states, dim=-1)
+
+
+def select(x: Tensor, tau: float, rule: Rule = "greedy") -> Selection:
+    """The representatives among unit states x (T × d)."""
+    chosen, dots = (_greedy if rule == "greedy" else _earlier)(x, tau)
+    return _owned(x, chosen, dots)
+
+
+def cascade(x: Tensor, tau: float, before: Selection, rule: Rule = "greedy") -> Selection:
+    """The representatives among unit states x (T × d) of a layer, repaired from those of a layer before."""
+    inherited = before.chosen.nonzero()[:, 0]
+    kept, dots = _greedy(x[inherited], tau)
+    chosen = torch.zeros_like(before.chosen)
+    chosen[inherited[kept]] = True
+    likeness, _, more = _nearest(x, (~before.chosen).nonzero()[:, 0], chosen.nonzero()[:, 0])
+    lost = (~before.chosen).nonzero()[:, 0][likeness <= 1 - tau**2]
+    dots += more
+    if rule == "greedy":
+        new, more = _greedy(x[lost], tau)
+        lost, dots = lost[new], dots + more
+    chosen[lost] = True
+    removed = len(inherited) - int(kept.sum())
+    return replace(_owned(x, chosen, dots), added=len(lost), removed=removed)
+
+
+def inherit(before: Selection) -> Selection:
+    """The same representatives, unchecked."""
+    return Selection(before.chosen, before.owner, 0)
+
+
+def extend(x: Tensor, tau: float, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the unit states x (n × d) of later tokens are representatives (n), given those `before` (r × d).
+
+    Also the representative of each (n): an index into those before and x, one after the other.
+    """
+    new = torch.arange(len(x), device=x.device) + len(before)
+    both = torch.cat([before, x])
+    chosen = _independent(_near(x, x, tau).tril_(-1), ~_near(x, before, tau).any(1))
+    known = torch.arange(len(before), device=x.device)
+    owner = new.clone()
+    owner[~chosen] = _nearest(both, new[~chosen], torch.cat([known, new[chosen]]))[1]
+    return chosen, owner
+
+
+def causal_dots(tokens: int) -> int:
+    """Cosines of every token with every earlier one."""
+    return tokens * (tokens - 1) // 2
+
+
+def _owned(x: Tensor, chosen: Tensor, dots: int) -> Selection:
+    """Every token with its representative. A selection has the cosines it takes already: they are not counted twice."""
+    tokens, representatives = (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
+    owner = torch.arange(len(x), device=x.device)
+    owner[tokens] = _nearest(x, tokens, representatives)[1]
+    return Selection(chosen, owner, dots)
+
+
+def _nearest(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Of every row its largest cosine with an earlier column (−1 if there is none), that column, and cosines computed.
+
+    rows, columns: ascending positions in x.
+    """
+    likeness, owner, dots = [x.new_empty(0)], [rows.new_empty(0)], 0
+    for start in range(0, len(rows), BLOCK):
+        part = rows[start : start + BLOCK]
+        before = columns[: int(torch.searchsorted(columns, part[-1]))]
+        if not len(before):
+            likeness.append(x.new_full((len(part),), -1.0))
+            owner.append(part)
+            continue
+        cosines = (x[part] @ x[before].T).clamp_max_(1).masked_fill_(before >= part[:, None], -1)
+        best, place = cosines.max(1)
+        likeness.append(best)
+        owner.append(torch.where(best > -1, before[place], part))
+        dots += cosines.numel()
+    return torch.cat(likeness), torch.cat(owner), dots
+
+
+def _earlier(x: Tensor, tau: float) -> tuple[Tensor, int]:
+    every = torch.arange(len(x), device=x.device)
+    likeness, _, dots = _nearest(x, every, every)
+    return likeness <= 1 - tau**2, dots
+
+
+def _greedy(x: Tensor, tau: float) -> tuple[Tensor, int]:
+    chosen, dots = torch.zeros(len(x), dtype=torch.bool, device=x.device), 0
+    for start in range(0, len(x), BLOCK):
+        block, before = x[start : start + BLOCK], x[:start][chosen[:start]]
+        free = ~_near(block, before, tau).any(1)
+        chosen[start : start + BLOCK] = _independent(_near(block, block, tau).tril_(-1), free)
+        dots += len(block) * (len(before) + len(block))
+    return chosen, dots
+
+
+def _near(x: Tensor, y: Tensor, tau: float) -> Tensor:
+    """Which cosines are above 1 − τ²; none if τ is 0, whatever rounding says."""
+    return (x @ y.T).clamp_max_(1) > 1 - tau**2
+
+
+def _independent(near: Tensor, free: Tensor) -> Tensor:
+    """The first maximal independent set among the `free` rows: in order, each that is near to no earlier member.
+
+    near: (b × b) bool, strictly lower triangular.
+    """
+    chosen = torch.zeros_like(free)
+    while free.any():
+        first = free & ~(near & free).any(1)  # nothing undecided before them is near
+        chosen |= first
+        free &= ~first & ~(near & first).any(1)
+    return chosen
