@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rankgate import __version__
 from rankgate.errors import RankgateError
 from rankgate.options import (
+    add_attention,
     add_calibration,
     add_device,
     add_method,
+    add_selection,
     add_texts,
+    calibration_text,
+    chosen_attention,
     chosen_method,
+    evaluation_text,
     method_was_given,
     natural,
     positive,
@@ -77,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument("model", metavar="MODEL")
     analyze.add_argument("-o", "--output", default="report", metavar="DIR", help="report directory (default: report)")
     add_texts(analyze, tokens=2048)
+    add_selection(analyze)
     add_device(analyze)
     analyze.add_argument("--json", action="store_true", help="last line: one JSON object")
 
@@ -94,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = verb("evaluate", run_evaluate, "Compare a converted model with the dense one on the same tokens.")
     evaluate.add_argument("model", metavar="MODEL_OR_DIR", help="a dense model, or a directory written by convert")
     add_method(evaluate)
+    add_attention(evaluate)
     add_texts(evaluate, tokens=2048)
     evaluate.add_argument("--in-sample", action="store_true", help="allow (and mark) text that was calibrated on")
     evaluate.add_argument("--dense", metavar="MODEL", help="dense model of a converted DIR (default: as recorded)")
@@ -147,19 +154,6 @@ def calibrated(
     )
 
 
-def calibration_text(arguments: argparse.Namespace) -> str:
-    from rankgate.texts import CALIBRATION
-
-    return arguments.calibration_text or CALIBRATION
-
-
-def evaluation_text(arguments: argparse.Namespace) -> str:
-    from rankgate.texts import HELD_OUT
-
-    in_sample = getattr(arguments, "in_sample", False)
-    return arguments.text or (calibration_text(arguments) if in_sample else HELD_OUT)
-
-
 def finish(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     if arguments.json:
         print(json.dumps(record, allow_nan=False))
@@ -173,8 +167,11 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 def run_analyze(arguments: argparse.Namespace) -> None:
     from rankgate.analyze import activation_profiles, weight_spectra
+    from rankgate.attention.attend import AttentionConfig
+    from rankgate.attention.profile import profile
     from rankgate.files import check_writable
     from rankgate.report import analysis_report, profiles_table, spectra_summary
+    from rankgate.report_tokens import SelectionView, selection_table
 
     check_writable(arguments.output)
     model = opened(arguments)
@@ -194,13 +191,21 @@ def run_analyze(arguments: argparse.Namespace) -> None:
         "held out": f"{parts['held-out'].numel():,} tokens of {evaluation_text(arguments)}",
         "context": f"{arguments.context} tokens",
     }
-    say(f"wrote {analysis_report(facts, spectra, profiles).write(arguments.output)}")
+    selection = None
+    if arguments.tokens_selection:
+        layers = profile(model.model, parts["held-out"], AttentionConfig(tau=arguments.tau), progress=True)
+        selection = SelectionView(arguments.tau, layers, model.tokenizer.batch_decode(parts["held-out"][0][:, None]))
+        print()
+        show_table(*selection_table(layers))
+        print(selection.summary)
+    say(f"wrote {analysis_report(facts, spectra, profiles, selection).write(arguments.output)}")
     weights = [{"name": s.name, "shape": [s.m, s.n], "ranks": s.ranks} for s in spectra]
     inputs = [
         {"name": p.name, "n": p.n, "effective_rank": p.effective_rank, "residual_quantiles": p.residuals}
         for p in profiles
     ]
-    finish(arguments, {"model": model.name, "weights": weights, "inputs": inputs})
+    record = {"model": model.name, "weights": weights, "inputs": inputs}
+    finish(arguments, record if selection is None else {**record, "tokens_selection": selection.record()})
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -288,9 +293,11 @@ def show_plan(plan: Plan) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from rankgate.checkpoint import is_checkpoint
-    from rankgate.pipeline import Reference, measure_checkpoint
-    from rankgate.tables import HEADERS, row
+    from rankgate.convert import twin
+    from rankgate.pipeline import Reference, attention_config, measure_checkpoint
+    from rankgate.tables import HEADERS, attended, row
 
+    settings = chosen_attention(arguments)
     if is_checkpoint(arguments.model):
         if method_was_given(arguments):
             raise RankgateError(f"{arguments.model} is converted already; leave out the options of the method")
@@ -302,6 +309,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             arguments.context,
             dense=arguments.dense,
             prompts=arguments.prompts,
+            attention=settings,
             in_sample=arguments.in_sample,
             device=arguments.device,
             progress=True,
@@ -314,13 +322,16 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         stats = None
         if method is not None and method.needs_stats:
             stats = calibrated(model, arguments, apart_from, sensitivity=method.needs_sensitivity)
+        text, in_sample = calibration_text(arguments), arguments.in_sample
+        attention = attention_config(model, settings, text, windows, in_sample=in_sample, progress=True)
         reference = Reference.of(model, windows, arguments.prompts)
         if method is None:
-            say("no --method given: comparing the dense model with itself")
-            result = reference.compare(model.model, progress=True)
+            if attention is None:
+                say("no --method given: comparing the dense model with itself")
+            result = reference.compare(twin(model.model), attention=attention, progress=True)
         else:
             result = reference.measure(
-                method, stats, lm_head=arguments.lm_head, in_sample=arguments.in_sample, progress=True
+                method, stats, lm_head=arguments.lm_head, attention=attention, in_sample=in_sample, progress=True
             )
     record = result.record()
     show_table(HEADERS, [row(record)])
@@ -329,6 +340,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         f"perplexity {e.ppl_dense:.3f} dense, {e.ppl:.3f} converted, {e.scored:,} predictions in fixed windows of "
         f"{e.context} tokens; reads are modelled from stored bytes and the measured fire rate"
     )
+    if record["attention"]:
+        print(attended(record["attention"]))
     finish(arguments, {"model": arguments.model, **record})
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 DEFAULT = "lrq"
 NAMES = ("gsi", "svd", "asvd", "lrq", "int8", "int4", "sparse")
 SETTINGS = ("rank", "eps", "energy", "basis", "bits", "refine", "symmetric", "keep", "allow_larger")
+ATTENTION = ("tau", "window", "cascade", "stride", "keys")
 UNLESS_GIVEN: dict[str, dict[str, Any]] = {"svd": {"energy": 0.9}, "asvd": {"rank": 0.5}}  # where one of two is needed
 
 
@@ -47,6 +48,45 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lm-head", action="store_true", help="also convert the output embedding, to int8")
 
 
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("attention to fewer keys (also of a converted model)")
+    group.add_argument(
+        "--attention",
+        choices=("paper", "windowed"),
+        help="paper: among representative tokens; windowed: to representatives, and exactly to recent tokens",
+    )
+    group.add_argument("--tau", type=float, metavar="FLOAT", help="tolerance of a representative (default: 0.3)")
+    group.add_argument("--window", type=positive, metavar="N", help="windowed: recent tokens read (default: 128)")
+    group.add_argument("--cascade", action="store_const", const=True, help="inherit and repair from layer to layer")
+    group.add_argument("--stride", type=positive, metavar="N", help="layers between repairs (default: 1)")
+    group.add_argument(
+        "--keys", type=float, metavar="SHARE", help="windowed: choose for every head, to read this share of the keys"
+    )
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens-selection", action="store_true", help="also which tokens stand for the others")
+    parser.add_argument("--tau", type=float, default=0.3, metavar="FLOAT", help="its tolerance (default: 0.3)")
+
+
+def chosen_attention(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The settings of `AttentionConfig` and of `choose_heads` that the options give; None without --attention."""
+    given = {name: value for name in ATTENTION if (value := getattr(arguments, name)) is not None}
+    if arguments.attention is None:
+        if given:
+            raise RankgateError(f"--{next(iter(given))} belongs to --attention; add --attention windowed")
+        return None
+    if "keys" in given and (given.keys() - {"keys"} or arguments.attention == "paper"):
+        raise RankgateError(
+            "--keys chooses windows and tolerances for every head; use it with --attention windowed alone"
+        )
+    if arguments.attention == "paper" and "window" in given:
+        raise RankgateError("--window belongs to --attention windowed; paper has none")
+    if "stride" in given and "cascade" not in given:
+        raise RankgateError("--stride belongs to --cascade")
+    return {"rule": arguments.attention, **given}
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("texts: a UTF-8 file, hf:ORG/NAME[:CONFIG[:SPLIT]] or Python's own reference")
     group.add_argument("--calibration-text", metavar="FILE", help="default: pydoc:calibration")
@@ -60,6 +100,19 @@ def add_texts(parser: argparse.ArgumentParser, tokens: int) -> None:
     group = add_calibration(parser)
     group.add_argument("--text", metavar="FILE", help="text to evaluate on (default: pydoc:held-out)")
     group.add_argument("--tokens", type=positive, default=tokens, metavar="N", help=f"default: {tokens}")
+
+
+def calibration_text(arguments: argparse.Namespace) -> str:
+    from rankgate.texts import CALIBRATION
+
+    return arguments.calibration_text or CALIBRATION
+
+
+def evaluation_text(arguments: argparse.Namespace) -> str:
+    from rankgate.texts import HELD_OUT
+
+    in_sample = getattr(arguments, "in_sample", False)
+    return arguments.text or (calibration_text(arguments) if in_sample else HELD_OUT)
 
 
 def natural(text: str) -> int:

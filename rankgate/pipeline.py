@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgate import checkpoint, sources, texts
+from rankgate.attention.attend import AttentionConfig, select_tokens_
+from rankgate.attention.heads import choose_heads
 from rankgate.calibration import Stats, calibrate, fingerprint
 from rankgate.checkpoint import Provenance
 from rankgate.convert import LayerReport, convert_, twin
@@ -20,6 +25,7 @@ from rankgate.methods import Method
 from rankgate.ops import has_triton
 
 PROMPT_TOKENS = 32
+HEAD_WINDOWS = 2  # of calibration text, on which the heads' windows are chosen
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,28 @@ def statistics(
     return stats
 
 
+def attention_config(
+    opened: Opened,
+    settings: Mapping[str, Any] | None,
+    text: str | None,
+    windows: Tensor,
+    *,
+    in_sample: bool = False,
+    progress: bool = False,
+) -> AttentionConfig | None:
+    """The settings of `AttentionConfig`, or `keys`: then each head's are chosen on the dense model and `text`.
+
+    text: by default that of calibration, in windows as long as `windows`, with which it must share nothing.
+    Raises RankgateError if they do, unless `in_sample` allows it, or if the settings cannot be.
+    """
+    if settings is None or "keys" not in settings:
+        return None if settings is None else AttentionConfig(**settings)
+    context = windows.shape[1]
+    own = opened.windows(text or texts.CALIBRATION, HEAD_WINDOWS * context, context)
+    check_text(windows, texts.run_hashes(own), allow=in_sample)
+    return AttentionConfig(heads=choose_heads(opened.model, own, settings["keys"], progress=progress).heads)
+
+
 def provenance(opened: Opened, stats: Stats | None) -> Provenance:
     """What a checkpoint records of `stats` (None: the method was not calibrated) and the dense model."""
     return Provenance(
@@ -146,12 +174,25 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Attended:
+    """How the candidate attended, and the share of the keys that it read on the text."""
+
+    config: AttentionConfig
+    keys_read: float
+
+    def record(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.config)
+        return {**settings, "keys_read": self.keys_read}
+
+
+@dataclass(frozen=True)
 class Result:
     """One row of a table: a conversion (None: the dense model itself) on a text."""
 
     conversion: Conversion | None
     evaluation: Evaluation
     text: TextComparison | None
+    attention: Attended | None = None
 
     def record(self) -> dict[str, Any]:
         """The row as plain JSON values."""
@@ -180,6 +221,7 @@ class Result:
             "identical_text": self.text.identical if self.text else None,
             "first_difference": self.text.first_difference if self.text else None,
             "fire_rates": e.fire_rates,
+            "attention": self.attention.record() if self.attention else None,
         }
 
 
@@ -199,16 +241,23 @@ class Reference:
         return cls(opened, windows, continued)
 
     def compare(
-        self, model: PreTrainedModel, conversion: Conversion | None = None, *, progress: bool = False
+        self,
+        model: PreTrainedModel,
+        conversion: Conversion | None = None,
+        *,
+        attention: AttentionConfig | None = None,
+        progress: bool = False,
     ) -> Result:
-        """Evaluate `model` against the dense one, and continue the same prompts with it."""
-        evaluation = evaluate(self.opened.model, model, self.windows, progress=progress)
-        if not self.continued:
-            return Result(conversion, evaluation, None)
-        beginnings = self.windows[: len(self.continued), :PROMPT_TOKENS]
-        prompts = self.opened.tokenizer.batch_decode(beginnings, skip_special_tokens=True)
-        converted = continuations(model, self.opened.tokenizer, beginnings)
-        return Result(conversion, evaluation, compare_text(prompts, self.continued, converted))
+        """Evaluate `model`, attending by `attention`, against the dense one, and continue the same prompts with it."""
+        with select_tokens_(model, attention) if attention else nullcontext() as selection:
+            evaluation = evaluate(self.opened.model, model, self.windows, progress=progress)
+            attended = Attended(attention, selection.share) if attention and selection else None
+            if not self.continued:
+                return Result(conversion, evaluation, None, attended)
+            beginnings = self.windows[: len(self.continued), :PROMPT_TOKENS]
+            prompts = self.opened.tokenizer.batch_decode(beginnings, skip_special_tokens=True)
+            converted = continuations(model, self.opened.tokenizer, beginnings)
+        return Result(conversion, evaluation, compare_text(prompts, self.continued, converted), attended)
 
     def measure(
         self,
@@ -216,6 +265,7 @@ class Reference:
         stats: Stats | None,
         *,
         lm_head: bool = False,
+        attention: AttentionConfig | None = None,
         in_sample: bool = False,
         progress: bool = False,
     ) -> Result:
@@ -228,7 +278,7 @@ class Reference:
         model = twin(self.opened.model)
         layers = convert_(model, method, stats, lm_head=lm_head, progress=progress)
         done = Conversion(method, layers, used.tokens if used else 0, overlaps)
-        return self.compare(model, done, progress=progress)
+        return self.compare(model, done, attention=attention, progress=progress)
 
 
 def measure_checkpoint(
@@ -239,6 +289,7 @@ def measure_checkpoint(
     *,
     dense: str | None = None,
     prompts: int = 8,
+    attention: Mapping[str, Any] | None = None,
     in_sample: bool = False,
     device: str | None = "cpu",
     progress: bool = False,
@@ -258,4 +309,8 @@ def measure_checkpoint(
     windows = opened.windows(text, tokens, context)
     overlaps = check_text(windows, origin.hashes, allow=in_sample)
     done = Conversion(converted.method, converted.layers, origin.calibration_tokens, overlaps)
-    return Reference.of(opened, windows, prompts).compare(_moved(converted.model, place), done, progress=progress)
+    reference, model = Reference.of(opened, windows, prompts), _moved(converted.model, place)
+    chosen = attention_config(
+        opened, attention, origin.calibration_text, windows, in_sample=in_sample, progress=progress
+    )
+    return reference.compare(model, done, attention=chosen, progress=progress)

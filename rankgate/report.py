@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jinja2
 import matplotlib as mpl
@@ -25,6 +25,9 @@ from rankgate.analyze import (
     theoretical_speedup,
 )
 from rankgate.files import atomic_path
+
+if TYPE_CHECKING:
+    from rankgate.report_tokens import SelectionView
 
 COLORS = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
 HEATMAP_TOKENS = 512
@@ -240,9 +243,13 @@ def profiles_table(profiles: list[ActivationProfile]) -> tuple[tuple[str, ...], 
 
 
 def analysis_report(
-    facts: Mapping[str, str], spectra: list[WeightSpectrum], profiles: list[ActivationProfile]
+    facts: Mapping[str, str],
+    spectra: list[WeightSpectrum],
+    profiles: list[ActivationProfile],
+    selection: SelectionView | None = None,
 ) -> Report:
     """The report of `rankgate analyze`."""
+    tokens = [] if selection is None else [("Tokens that stand for others", selection.note, *selection.table)]
     note = "Rank that keeps the given share of Σσ², and compression m n / (rank (m + n)): below 1, factors are larger."
     return Report(
         "Rankgate: how low-rank is this model?",
@@ -250,7 +257,8 @@ def analysis_report(
         [
             ("Weights, median layer of each kind", note, *spectra_summary(spectra)),
             ("Inputs", "Effective rank of the second moment; median residual of a token.", *profiles_table(profiles)),
+            *tokens,
             ("Weights, every layer", note, *spectra_table(spectra)),
         ],
-        plots=plots(spectra, profiles, eps=TOLERANCES),
+        plots=[*plots(spectra, profiles, eps=TOLERANCES), *([selection.plot()] if selection else [])],
     )

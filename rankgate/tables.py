@@ -61,6 +61,18 @@ def row(record: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def attended(attention: Mapping[str, Any]) -> str:
+    """One sentence on the attention of a record."""
+    if attention["heads"] is not None:
+        how = "a window and a tolerance for each head"
+    else:
+        ways = [f"tau={attention['tau']:g}", "cascaded" if attention["cascade"] else "chosen anew in every layer"]
+        if attention["rule"] == "windowed":
+            ways.insert(1, f"the last {attention['window']} tokens and the first {attention['sinks']}")
+        how = ", ".join(ways)
+    return f"attention: {attention['rule']}, {how}; {attention['keys_read']:.1%} of the keys of dense attention read"
+
+
 def verdict(records: Sequence[Mapping[str, Any]], loss: float = 0.01) -> str:
     """One sentence: the fewest reads among the rows that are not in-sample and lose at most `loss` in perplexity."""
     good = [r for r in records if not r["in_sample"] and r["ppl_ratio"] <= 1 + loss]

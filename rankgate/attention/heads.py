@@ -14,28 +14,25 @@ What is chosen holds for texts about as long as those windows. Not covered: that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rankgate.attention.attend import decoder
+from rankgate.attention.probe import dense, probing
 from rankgate.attention.strands import Heads, Strand
 from rankgate.calibration import evaluation_mode
 from rankgate.errors import RankgateError
 from rankgate.progress import track
 
-NAME = "rankgate_probe"  # in transformers' registry, while heads are probed
 SHORTEST = 64  # window tried; each other is twice the one before
 BESIDE = 128  # window with representatives
 TAUS = (0.2, 0.3, 0.4, 0.5)
 SINKS = 4
-Probe = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ def choose_heads(model: PreTrainedModel, windows: Tensor, keys: float, *, progre
     """
     if not 0 < keys <= 1:
         raise RankgateError(f"keys {keys} is out of range; give a share in (0, 1]")
+    layers = len(decoder(model)[1])
     sensitivity = _sensitivities(model, windows, progress=progress)
     candidates = _candidates(windows.shape[1])
     losses, shares = _tried(model, windows, candidates, sensitivity, progress=progress)
@@ -64,7 +62,6 @@ def choose_heads(model: PreTrainedModel, windows: Tensor, keys: float, *, progre
         raise RankgateError(
             f"no choice of windows reads only {keys:.0%} of the keys; ask for {share.mean():.2f} or more"
         )
-    layers = len(decoder(model)[1])
     rows = pick.view(layers, -1).tolist()
     heads = tuple(tuple(candidates[i] for i in row) for row in rows)
     return HeadPlan(heads, share.mean().item(), loss.sum().item())
@@ -92,7 +89,7 @@ def _sensitivities(model: PreTrainedModel, windows: Tensor, *, progress: bool) -
     outputs: list[Tensor] = []
 
     def probe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        y = _dense(q, k, v, scale).requires_grad_()
+        y = dense(q, k, v, scale).requires_grad_()
         y.retain_grad()
         outputs.append(y)
         return y
@@ -102,7 +99,7 @@ def _sensitivities(model: PreTrainedModel, windows: Tensor, *, progress: bool) -
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with _probing(model, probe), evaluation_mode(model):
+        with probing(model, probe), evaluation_mode(model):
             for window in track(windows.split(1), "sensitivity", enabled=progress):
                 outputs.clear()
                 logits = model(input_ids=window.to(model.device), use_cache=False).logits[0].float()
@@ -124,7 +121,7 @@ def _tried(
     shares: dict[tuple[int, int], Tensor] = {}
 
     def probe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        y, per_key = _dense(q, k, v, scale), q.shape[1] // k.shape[1]
+        y, per_key = dense(q, k, v, scale), q.shape[1] // k.shape[1]
         for h in range(k.shape[1]):
             mine = slice(h * per_key, (h + 1) * per_key)
             rows = []
@@ -138,31 +135,7 @@ def _tried(
             shares[layer, h] = shares.get((layer, h), 0) + found[:, 1] / len(windows)
         return y
 
-    with _probing(model, probe), evaluation_mode(model), torch.inference_mode():
+    with probing(model, probe), evaluation_mode(model), torch.inference_mode():
         for window in track(windows.split(1), "trying heads", enabled=progress):
             model(input_ids=window.to(model.device), use_cache=False)
     return torch.stack([losses[key] for key in sorted(losses)]), torch.stack([shares[key] for key in sorted(shares)])
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """(1, heads, T, width)."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
-
-
-@contextmanager
-def _probing(model: PreTrainedModel, probe: Probe) -> Iterator[None]:
-    """Attention is `probe`, of a layer, in the meantime."""
-    decoder(model)  # whether that can be
-
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
-        scale = options.get("scaling") or query.shape[-1] ** -0.5
-        return probe(int(cast(Any, module).layer_idx), query, key, value, scale).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

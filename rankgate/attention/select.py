@@ -67,7 +67,7 @@ def unit(states: Tensor, centred: bool = False) -> Tensor:
 def select(x: Tensor, tau: float, rule: Rule = "greedy") -> Selection:
     """The representatives among unit states x (T × d)."""
     chosen, dots = (_greedy if rule == "greedy" else _earlier)(x, tau)
-    return _owned(x, chosen, dots)
+    return owned(x, chosen, dots)
 
 
 def cascade(x: Tensor, tau: float, before: Selection, rule: Rule = "greedy") -> Selection:
@@ -84,7 +84,7 @@ def cascade(x: Tensor, tau: float, before: Selection, rule: Rule = "greedy") -> 
         lost, dots = lost[new], dots + more
     chosen[lost] = True
     removed = len(inherited) - int(kept.sum())
-    return replace(_owned(x, chosen, dots), added=len(lost), removed=removed)
+    return replace(owned(x, chosen, dots), added=len(lost), removed=removed)
 
 
 def inherit(before: Selection) -> Selection:
@@ -111,8 +111,11 @@ def causal_dots(tokens: int) -> int:
     return tokens * (tokens - 1) // 2
 
 
-def _owned(x: Tensor, chosen: Tensor, dots: int) -> Selection:
-    """Every token with its representative. A selection has the cosines it takes already: they are not counted twice."""
+def owned(x: Tensor, chosen: Tensor, dots: int) -> Selection:
+    """A selection of the `chosen` (the first token must be one), each other token with the one it is most like.
+
+    dots: of the choice; it has computed these cosines already, so they are not counted again.
+    """
     tokens, representatives = (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
     owner = torch.arange(len(x), device=x.device)
     owner[tokens] = _nearest(x, tokens, representatives)[1]
