@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py ../shared/data/wikitext-2
 
-WikiText-2 test, sequences of 512 and 2048 tokens, τ of 0.1 to 0.5. Errors of attention outputs at τ = 0.3 only, which is
-the paper's. Quarter of an hour on two cores.
+WikiText-2 test, sequences of 512 and 2048 tokens, τ of 0.1 to 0.5. Errors of attention outputs at τ = 0.3 only,
+which is the paper's. Quarter of an hour on two cores.
 """
 
 from __future__ import annotations

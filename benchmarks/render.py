@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import render_attention
 import render_gpu
 from matplotlib.figure import Figure
 
@@ -47,6 +48,8 @@ def documents() -> dict[Path, str]:
                 literature(load("foundation")),
                 memory(load("memory")),
                 costs(load("calibration")),
+                render_attention.quality(load("attention_quality"), source(load("attention_quality"))),
+                render_attention.selection(load("attention"), source(load("attention"))),
                 *gpus(),
             )
         ),

@@ -153,6 +153,44 @@ def test_analyze_writes_a_report(run, model_dir, tmp_path):
     assert (tmp_path / "report" / "index.html").stat().st_size > 50_000
 
 
+ATTENTION = {
+    ("--attention", "paper", "--tau", "0.9"): "paper, tau=0.9",
+    (
+        "--attention",
+        "windowed",
+        "--window",
+        "9",
+        "--tau",
+        "0.9",
+        "--cascade",
+    ): "the last 9 tokens and the first 4, cascaded",
+    ("--attention", "windowed", "--keys", "0.95"): "a window and a tolerance for each head",
+}
+
+
+@pytest.mark.parametrize("options", ATTENTION, ids=" ".join)
+def test_evaluate_with_fewer_keys(run, model_dir, tmp_path, options):
+    context = ("--context", "100", "--tokens", "200", "--calibration-tokens", "640", "--prompts", "1")
+    out = run("evaluate", model_dir, *options, *context, "--json")
+    direct = last(out)["attention"]
+    assert ATTENTION[options] in out
+    assert 0 < direct["keys_read"] < 1
+    assert last(run("evaluate", model_dir, *context, "--json"))["attention"] is None
+    run("convert", model_dir, "-o", tmp_path / "out", "--method", "svd", "--energy", "0.5")
+    again = last(run("evaluate", tmp_path / "out", *options, *context, "--json"))
+    assert again["method"]["name"] == "svd" and 0 < again["attention"]["keys_read"] < 1
+
+
+def test_analyze_shows_which_tokens_stand_for_others(run, model_dir, tmp_path):
+    options = ("--tokens-selection", "--tau", "0.9", *SMALL[:6])
+    out = run("analyze", model_dir, "-o", tmp_path / "report", *options, "--json")
+    found = last(out)["tokens_selection"]
+    assert len(found["layers"]) == 2 and found["tau"] == 0.9
+    assert 0 < found["saved_full"] < 1 and "The cascade saves" in out
+    assert (tmp_path / "report" / "tokens.png").exists()
+    assert "Tokens that stand for others" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_bad_input_is_one_line_and_exit_code_2(refuses, model_dir, tmp_path):
     (tmp_path / "latin").write_bytes(b"\xe9t\xe9 " * 500)
     (tmp_path / "empty").write_text("")
@@ -196,6 +234,15 @@ def test_bad_input_is_one_line_and_exit_code_2(refuses, model_dir, tmp_path):
         (*evaluate, "--method", "gsi", "--calibration-tokens", "32", "--rank", "1.0", "--allow-larger"): "too few",
         (*evaluate, "--context", "256", "--tokens", "256"): "longer than the 128 positions",
         (*evaluate, "--tokens", "0"): "argument --tokens",
+        (*evaluate, "--attention", "dense"): "invalid choice",
+        (*evaluate, "--tau", "0.3"): "--tau belongs to --attention",
+        (*evaluate, "--attention", "windowed", "--tau", "2"): "tau 2.0 is out of range",
+        (*evaluate, "--attention", "windowed", "--window", "0"): "0 is too few",
+        (*evaluate, "--attention", "windowed", "--stride", "2"): "--stride belongs to --cascade",
+        (*evaluate, "--attention", "windowed", "--keys", "0"): "keys 0.0 is out of range",
+        (*evaluate, "--attention", "windowed", "--keys", "0.01"): "ask for",
+        (*evaluate, "--attention", "windowed", "--keys", "0.9", "--tau", "0.1"): "--keys chooses",
+        (*evaluate, "--attention", "paper", "--window", "5"): "paper has none",
         ("convert", model_dir, "-o", tmp_path / "empty" / "out"): "cannot write",
         ("convert", model_dir, "-o", tmp_path): "not empty",
         ("convert", "no/such/dir", "-o", tmp_path / "out"): "no model at",
