@@ -92,7 +92,13 @@ def rows(states: list[Tensor], taken: tuple[Tensor, Tensor, Tensor, float], devi
         "cascade": lambda: cascade(x, 0.3, first),
     }
     one = q[:, :, -1:], k[:, :, -1:], v[:, :, -1:]
-    calls["dense, decoding"] = lambda: F.scaled_dot_product_attention(one[0], k, v, scale=scale, enable_gqa=True)
+    past = k[:, :, :-1], v[:, :, :-1]
+
+    def step() -> Tensor:  # as with transformers' DynamicCache
+        keys, values = (torch.cat(pair, 2) for pair in zip(past, one[1:], strict=True))
+        return F.scaled_dot_product_attention(one[0], keys, values, scale=scale, enable_gqa=True)
+
+    calls["dense, decoding"] = step
     held: dict[str, list[Strand]] = {}
     for name, own in SETTINGS.items():
         heads = k.shape[1]

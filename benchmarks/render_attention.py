@@ -10,7 +10,17 @@ from rankgate.tables import markdown
 
 PAPER_SAVED, PAPER_OVERLAP = "22–63 %", "0.83–0.94"
 SELECTION = (
-    *("T", "rule", "τ", "r/T", "saved of T × T", "saved of the half", "like the layer before", "cascade like anew"),
+    *(
+        "T",
+        "rule",
+        "τ",
+        "r/T",
+        "saved of T × T",
+        "of its half",
+        "of choosing anew",
+        "like the layer before",
+        "cascade like anew",
+    ),
     *("inherited", "random", "added", "removed"),
 )
 DEPTH = (
@@ -32,8 +42,8 @@ def selection(content: dict[str, Any], source: str) -> str:
 
 SmolLM2-135M, {content["settings"]["text"]}, {content["settings"]["sequences"]} sequences, mean ± standard deviation
 over them, of all layers. *r/T*: share of tokens that are representatives, chosen anew in every layer. *saved*: cosines
-that the cascade does not compute, of the full Gram matrix (the paper: {PAPER_SAVED}) and of its causal half, all that
-the choice takes. *like the layer before*: Jaccard overlap of the sets chosen anew in consecutive layers (the
+that the cascade does not compute, of the full Gram matrix (the paper: {PAPER_SAVED}), of its causal half, and of
+what choosing anew by the same rule takes, which for `greedy` are representatives only. *like the layer before*: Jaccard overlap of the sets chosen anew in consecutive layers (the
 paper: {PAPER_OVERLAP}). *cascade like anew*: of the cascade with the set chosen anew in the same layer; *inherited* and
 *random*: the same of the first layer's set inherited unchecked, and of as many random tokens. *added*, *removed*: by
 the cascade, as shares of its set. *stride 4*: repaired in every fourth layer only. {source}
@@ -60,11 +70,16 @@ def selection_row(r: dict[str, Any]) -> tuple[str, ...]:
         layers(lambda p: p["share"]),
         spread([s["saved"]["full"] for s in r["sequences"]]),
         spread([s["saved"]["causal"] for s in r["sequences"]]),
+        spread([1 - total(s, "cascade_dots") / total(s, "dots") for s in r["sequences"]]),
         layers(lambda p: p["previous"]),
         *(layers(lambda p, kind=kind: p["jaccard"][kind]) for kind in ("cascade", "inherited", "random")),  # type: ignore[misc]
         layers(lambda p: p["added"]),
         layers(lambda p: p["removed"]),
     )
+
+
+def total(sequence: dict[str, Any], name: str) -> float:
+    return float(sum(layer[name] for layer in sequence["layers"]))
 
 
 def depth_rows(r: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -91,7 +106,7 @@ def quality(content: dict[str, Any], source: str) -> str:
 SmolLM2-135M, float32, {settings["text"]}, sequences of T tokens; mean ± standard deviation over {settings["sequences"]}
 of them (fewer where the row says so). *keys read*: of those of dense attention. *one window*: the same window for all
 heads and no representatives. *by head*: a window and a tolerance for each key head, chosen on
-{settings["head_sequences"]} sequences of WikiText-2 valid of the same length, see `rankgate.attention.heads`. {source}
+{settings["head_tokens"]:,} tokens of WikiText-2 valid in sequences of the same length, see `rankgate.attention.heads`. {source}
 
 {markdown(QUALITY, [quality_row(r) for r in content["results"] if r["sequences"]])}
 """

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgate import checkpoint, sources, texts
 from rankgate.attention.attend import AttentionConfig, select_tokens_
-from rankgate.attention.heads import choose_heads
+from rankgate.attention.heads import try_heads
 from rankgate.calibration import Stats, calibrate, fingerprint
 from rankgate.checkpoint import Provenance
 from rankgate.convert import LayerReport, convert_, twin
@@ -138,10 +138,12 @@ def attention_config(
     """
     if settings is None or "keys" not in settings:
         return None if settings is None else AttentionConfig(**settings)
-    context = windows.shape[1]
+    context, keys = windows.shape[1], settings["keys"]
+    if not 0 < keys <= 1:
+        raise RankgateError(f"keys {keys} is out of range; give a share in (0, 1]")
     own = opened.windows(text or texts.CALIBRATION, HEAD_WINDOWS * context, context)
     check_text(windows, texts.run_hashes(own), allow=in_sample)
-    return AttentionConfig(heads=choose_heads(opened.model, own, settings["keys"], progress=progress).heads)
+    return AttentionConfig(heads=try_heads(opened.model, own, progress=progress).plan(keys).heads)
 
 
 def provenance(opened: Opened, stats: Stats | None) -> Provenance:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rankgate.attention import select as module
 from rankgate.attention.attend import AttentionConfig, SelectiveCache, select_tokens_
-from rankgate.attention.heads import choose_heads
+from rankgate.attention.heads import try_heads
 from rankgate.attention.select import Selection, cascade, causal_dots, extend, inherit, select, unit
 from rankgate.attention.strands import Heads
 from rankgate.convert import convert_
@@ -260,9 +260,9 @@ def test_what_cannot_be_done_is_refused():
 
 def test_heads_are_chosen_by_what_they_cost():
     model, windows = tiny_model("llama"), tokens(2, 100)
-    everything = choose_heads(model, windows, 1.0)
-    assert everything.loss == pytest.approx(0, abs=1e-9)
-    plans = [choose_heads(model, windows, share) for share in (0.95, 0.9)]
+    costs = try_heads(model, windows)
+    assert costs.plan(1.0).loss == pytest.approx(0, abs=1e-9)
+    plans = [costs.plan(share) for share in (0.95, 0.9)]
     assert 0 < plans[0].loss < plans[1].loss
     assert all(plan.share <= share for plan, share in zip(plans, (0.95, 0.9), strict=True))
     with torch.no_grad(), select_tokens_(model, AttentionConfig(heads=plans[1].heads)) as selection:
@@ -271,6 +271,6 @@ def test_heads_are_chosen_by_what_they_cost():
     assert selection.share == pytest.approx(plans[1].share, abs=1e-6)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     with pytest.raises(RankgateError, match="share"):
-        choose_heads(model, windows, 0.0)
+        costs.plan(0.0)
     with pytest.raises(RankgateError, match="more"):
-        choose_heads(model, windows, 0.01)
+        costs.plan(0.01)

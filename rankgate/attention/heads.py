@@ -44,27 +44,42 @@ class HeadPlan:
     loss: float
 
 
-def choose_heads(model: PreTrainedModel, windows: Tensor, keys: float, *, progress: bool = False) -> HeadPlan:
-    """Settings for every key head of `model`, with which they read a share `keys` of the keys of dense attention.
+@dataclass(frozen=True)
+class HeadCosts:
+    """Predicted nats, and share of the keys read, of every key head (layer after layer) with every candidate."""
 
-    windows: (count × length) token ids; a share is meant for texts of that length.
-    Raises RankgateError if the share is not in (0, 1], or below what the shortest windows read.
+    candidates: list[Heads]
+    losses: Tensor
+    shares: Tensor
+    layers: int
+
+    def plan(self, keys: float) -> HeadPlan:
+        """The settings with which all heads read a share `keys` of the keys of dense attention.
+
+        Raises RankgateError if the share is not in (0, 1], or below what the shortest windows read.
+        """
+        if not 0 < keys <= 1:
+            raise RankgateError(f"keys {keys} is out of range; give a share in (0, 1]")
+        pick = _within(self.losses, self.shares, keys)
+        share, loss = (table.gather(1, pick[:, None]).squeeze(1) for table in (self.shares, self.losses))
+        least = share.mean().item()
+        if least > keys:
+            raise RankgateError(f"no choice of windows reads only {keys:.0%} of the keys; ask for {least:.2f} or more")
+        rows = pick.view(self.layers, -1).tolist()
+        heads = tuple(tuple(self.candidates[i] for i in row) for row in rows)
+        return HeadPlan(heads, least, loss.sum().item())
+
+
+def try_heads(model: PreTrainedModel, windows: Tensor, *, progress: bool = False) -> HeadCosts:
+    """Try every candidate on every key head of `model`.
+
+    windows: (count × length) token ids; the costs hold for texts of about that length.
+    Raises RankgateError if the model's attention cannot be replaced.
     """
-    if not 0 < keys <= 1:
-        raise RankgateError(f"keys {keys} is out of range; give a share in (0, 1]")
-    layers = len(decoder(model)[1])
+    layers, candidates = len(decoder(model)[1]), _candidates(windows.shape[1])
     sensitivity = _sensitivities(model, windows, progress=progress)
-    candidates = _candidates(windows.shape[1])
     losses, shares = _tried(model, windows, candidates, sensitivity, progress=progress)
-    pick = _within(losses, shares, keys)
-    share, loss = (table.gather(1, pick[:, None]).squeeze(1) for table in (shares, losses))
-    if share.mean().item() > keys:
-        raise RankgateError(
-            f"no choice of windows reads only {keys:.0%} of the keys; ask for {share.mean():.2f} or more"
-        )
-    rows = pick.view(layers, -1).tolist()
-    heads = tuple(tuple(candidates[i] for i in row) for row in rows)
-    return HeadPlan(heads, share.mean().item(), loss.sum().item())
+    return HeadCosts(candidates, losses, shares, layers)
 
 
 def _candidates(length: int) -> list[Heads]:

@@ -112,9 +112,14 @@ class Strand:
 
     def _read(self, q: Tensor, t: Tensor, scale: float) -> Tensor:
         position, chosen, owner, count = self.table
+        heads = self.keys.shape[0]
+        if len(t) == 1:  # nothing is held that the next token may not see
+            self.read += heads * len(position)
+            mask = None if self.own.tau is None else torch.log1p(count)[None].to(q.dtype)
+            return attention(q, self.keys, self.values, mask, scale)
         age = t[:, None] - position
         near = (age >= 0) & ((age < self.window) | (position < self.sinks) | chosen.bool())
-        self.read += near.sum() * self.keys.shape[0]
+        self.read += near.sum() * heads
         mask = torch.zeros(near.shape, dtype=q.dtype, device=q.device)
         if self.own.tau is not None:
             waiting = ((chosen == 0) & (position >= self.sinks)).nonzero()[:, 0]  # still here, but not for all queries
@@ -153,7 +158,7 @@ class PaperStrand(Strand):
         return self.outputs[torch.searchsorted(self.table[0], rows[2])].transpose(0, 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """(heads × n × width) from q (the same), k and v (key heads × L × width) and an added mask (n × L)."""
     y = F.scaled_dot_product_attention(
         q[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=len(q) > len(k)
