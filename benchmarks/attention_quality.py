@@ -2,9 +2,9 @@
 
     python benchmarks/attention_quality.py ../shared/data/wikitext-2
 
-WikiText-2 test, 8 sequences of 512, 2048 and 4096 tokens; the heads' windows are chosen on 4096 tokens of
-WikiText-2 valid in sequences of the same length. As a control, one window for all heads, without representatives, that reads about half of the
-keys. The file is written after every setting. Forty minutes on two cores.
+WikiText-2 test, 8 sequences of 512, 2048 and 4096 tokens. The heads' windows are chosen on 4096 tokens of WikiText-2
+valid, in sequences of the same length. As a control, one window for all heads, without representatives, that reads
+about half of the keys. The file is written after every sequence. Forty minutes on two cores.
 """
 
 from __future__ import annotations

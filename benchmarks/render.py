@@ -17,7 +17,7 @@ from rankgate.tables import HEADERS, describe, markdown, row
 from rankgate.tables import number as short
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- results: written by benchmarks/render.py -->\n", "<!-- end of results -->"
+BEGIN, END = "<!-- {}: written by benchmarks/render.py -->\n", "<!-- end of {} -->"
 STORED = {"lrq", "int8", "int4"}  # methods with a format of their own; the others' weights count as bfloat16
 BITS_ASKED = ((4.7, 1.045), (5.0, 1.03), (5.5, 1.02), (6.2, 1.008))  # at most so many bits: at most this ratio
 
@@ -34,10 +34,11 @@ def main() -> None:
 def documents() -> dict[Path, str]:
     """Every generated text by its path."""
     readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
+    text = readme.read_text(encoding="utf-8")
+    text = between(text, "results", overview(load("curve"), load("speed")))
+    text = between(text, "attention", render_attention.overview(load("attention_quality")))
     return {
-        readme: f"{before}{BEGIN}{overview(load('curve'), load('speed'))}\n{END}{after}",
+        readme: text,
         ROOT / "docs" / "results.md": "\n".join(
             (
                 "# Results\n\nWritten by `benchmarks/render.py` from `benchmarks/results/*.json`; do not edit.\n",
@@ -54,6 +55,14 @@ def documents() -> dict[Path, str]:
             )
         ),
     }
+
+
+def between(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the marks of `name`."""
+    begin, end = BEGIN.format(name), END.format(name)
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}{content}\n{end}{after}"
 
 
 def load(name: str) -> dict[str, Any]:

@@ -42,11 +42,12 @@ def selection(content: dict[str, Any], source: str) -> str:
 
 SmolLM2-135M, {content["settings"]["text"]}, {content["settings"]["sequences"]} sequences, mean ± standard deviation
 over them, of all layers. *r/T*: share of tokens that are representatives, chosen anew in every layer. *saved*: cosines
-that the cascade does not compute, of the full Gram matrix (the paper: {PAPER_SAVED}), of its causal half, and of
-what choosing anew by the same rule takes, which for `greedy` are representatives only. *like the layer before*: Jaccard overlap of the sets chosen anew in consecutive layers (the
-paper: {PAPER_OVERLAP}). *cascade like anew*: of the cascade with the set chosen anew in the same layer; *inherited* and
-*random*: the same of the first layer's set inherited unchecked, and of as many random tokens. *added*, *removed*: by
-the cascade, as shares of its set. *stride 4*: repaired in every fourth layer only. {source}
+that the cascade does not compute, of the full Gram matrix (the paper: {PAPER_SAVED}), of its causal half, and of what
+choosing anew by the same rule takes, which for `greedy` is a comparison with representatives only. *like the layer
+before*: Jaccard overlap of the sets chosen anew in consecutive layers (the paper: {PAPER_OVERLAP}). *cascade like
+anew*: of the cascade with the set chosen anew in the same layer; *inherited* and *random*: the same of the first
+layer's set inherited unchecked, and of as many random tokens. *added*, *removed*: by the cascade, as shares of its
+set. *stride 4*: repaired in every fourth layer only. {source}
 
 {markdown(SELECTION, [selection_row(r) for r in results])}
 
@@ -106,10 +107,18 @@ def quality(content: dict[str, Any], source: str) -> str:
 SmolLM2-135M, float32, {settings["text"]}, sequences of T tokens; mean ± standard deviation over {settings["sequences"]}
 of them (fewer where the row says so). *keys read*: of those of dense attention. *one window*: the same window for all
 heads and no representatives. *by head*: a window and a tolerance for each key head, chosen on
-{settings["head_tokens"]:,} tokens of WikiText-2 valid in sequences of the same length, see `rankgate.attention.heads`. {source}
+{settings["head_tokens"]:,} tokens of WikiText-2 valid in sequences of the same length, see
+`rankgate.attention.heads`. {source}
 
 {markdown(QUALITY, [quality_row(r) for r in content["results"] if r["sequences"]])}
 """
+
+
+def overview(content: dict[str, Any]) -> str:
+    """For the README: the longest texts."""
+    longest = max(r["length"] for r in content["results"])
+    rows = [quality_row(r) for r in content["results"] if r["length"] == longest and r["sequences"]]
+    return markdown(QUALITY[:5], [row[:5] for row in rows])
 
 
 def quality_row(r: dict[str, Any]) -> tuple[str, ...]:

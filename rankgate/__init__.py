@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankgate.attention.attend import AttentionConfig, select_tokens_
+    from rankgate.attention.heads import try_heads
     from rankgate.calibration import Stats, calibrate
     from rankgate.convert import LayerReport, convert_, twin
     from rankgate.core import GatedGroup, GroupedLinear, Subspace
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AttentionConfig": "attention.attend",
+    "select_tokens_": "attention.attend",
+    "try_heads": "attention.heads",
     "Stats": "calibration",
     "calibrate": "calibration",
     "LayerReport": "convert",
@@ -43,6 +48,7 @@ _HOME = {
 
 __all__ = [
     "ASVDConfig",
+    "AttentionConfig",
     "Evaluation",
     "GSIConfig",
     "GatedGroup",
@@ -59,6 +65,8 @@ __all__ = [
     "calibrate",
     "convert_",
     "evaluate",
+    "select_tokens_",
+    "try_heads",
     "twin",
 ]
 

@@ -29,7 +29,10 @@ def test_commands_run(tmp_path):
         assert "Traceback" not in done.stderr and "warn" not in done.stderr.lower()
         outputs.append(done.stdout)
     assert (tmp_path / "report" / "index.html").is_file()
-    analysis, lrq, conversion, planned, bench, text = outputs
+    keys, selection, analysis, lrq, conversion, planned, bench, text = outputs
+    assert 0.4 < float(re.search(r"([\d.]+)% of the keys", keys)[1]) / 100 < 0.6
+    assert 0.99 < float(keys.splitlines()[1].split()[2]) < 1.1
+    assert "The cascade saves" in selection
     assert "theoretical speedup" in analysis
     assert int(re.search(r"(\d+) of 211 layers converted", conversion)[1]) > 20  # by what the machine is doing else
     assert "within ppl=1.02: predicted perplexity" in conversion
@@ -43,10 +46,12 @@ def test_commands_run(tmp_path):
 
 @pytest.mark.slow
 def test_python_runs(tmp_path):
-    (code,) = blocks("python")
+    code = "".join(blocks("python"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     *layers, figures, text = done.stdout.splitlines()[:6]
+    keys = float(done.stdout.splitlines()[-1])
+    assert 0.35 < keys < 0.65
     assert len(layers) == 4 and "self_attn.q_proj 576 576" in layers[0]
     ratio, top1, share, bits = map(float, figures.split())
     assert 0.98 < ratio < 1.1 and 0.85 < top1 < 1 and 0.02 < share < 0.1 and 4.6 < bits < 5
