@@ -192,7 +192,7 @@ def plot_roofline(contents: Sequence[dict[str, Any]]) -> Figure:
         axes.set(
             title=content["settings"]["device"], xlabel="MB of weights read by a call", ylabel="TB/s", xscale="log"
         )
-        axes.set_ylim(0, 1.1 * ceiling)
+        axes.set_ylim(0, 1.05 * max(ceiling, *map(bandwidth, rows)))
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
