@@ -133,7 +133,7 @@ def attend(
 ) -> Tensor:
     q, k, v = qkv
     per_key = q.shape[1] // k.shape[1]
-    mine, queries = strand.heads, slice(strand.heads.start * per_key, strand.heads.stop * per_key)
+    mine, queries = strand.heads, strand.queries(per_key)
     states = x if strand.heads.stop - strand.heads.start == k.shape[1] else None
     return strand.attend(q[0, queries], k[0, mine], v[0, mine], states, selection, scale)
 

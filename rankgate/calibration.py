@@ -266,9 +266,7 @@ def measure_sensitivity(
         ]
         try:
             for piece in track(pieces, "sensitivity", enabled=progress):
-                logits = model(input_ids=piece.to(model.device), use_cache=False).logits[0].float()
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                F.cross_entropy(logits, labels, reduction="sum").backward()
+                backward_from_sampled_labels(model, piece, generator)
         finally:
             for handle in handles:
                 handle.remove()
@@ -277,6 +275,13 @@ def measure_sensitivity(
         if not torch.isfinite(values).all():
             raise RankgateError(f"non-finite gradients at the output of {group[0]}; try a wider dtype")
     return fisher
+
+
+def backward_from_sampled_labels(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) -> None:
+    """Backpropagate the summed loss of ids (1 × tokens) with labels drawn from the model's own predictions."""
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0].float()
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    F.cross_entropy(logits, labels, reduction="sum").backward()
 
 
 @contextmanager

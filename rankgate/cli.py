@@ -171,7 +171,7 @@ def run_analyze(arguments: argparse.Namespace) -> None:
     from rankgate.attention.profile import profile
     from rankgate.files import check_writable
     from rankgate.report import analysis_report, profiles_table, spectra_summary
-    from rankgate.report_tokens import SelectionView, selection_table
+    from rankgate.report_tokens import SelectionView
 
     check_writable(arguments.output)
     model = opened(arguments)
@@ -196,7 +196,7 @@ def run_analyze(arguments: argparse.Namespace) -> None:
         layers = profile(model.model, parts["held-out"], AttentionConfig(tau=arguments.tau), progress=True)
         selection = SelectionView(arguments.tau, layers, model.tokenizer.batch_decode(parts["held-out"][0][:, None]))
         print()
-        show_table(*selection_table(layers))
+        show_table(*selection.table)
         print(selection.summary)
     say(f"wrote {analysis_report(facts, spectra, profiles, selection).write(arguments.output)}")
     weights = [{"name": s.name, "shape": [s.m, s.n], "ranks": s.ranks} for s in spectra]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgate import checkpoint, sources, texts
 from rankgate.attention.attend import AttentionConfig, select_tokens_
-from rankgate.attention.heads import try_heads
+from rankgate.attention.heads import check_share, try_heads
 from rankgate.calibration import Stats, calibrate, fingerprint
 from rankgate.checkpoint import Provenance
 from rankgate.convert import LayerReport, convert_, twin
@@ -139,8 +139,7 @@ def attention_config(
     if settings is None or "keys" not in settings:
         return None if settings is None else AttentionConfig(**settings)
     context, keys = windows.shape[1], settings["keys"]
-    if not 0 < keys <= 1:
-        raise RankgateError(f"keys {keys} is out of range; give a share in (0, 1]")
+    check_share(keys)
     own = opened.windows(text or texts.CALIBRATION, HEAD_WINDOWS * context, context)
     check_text(windows, texts.run_hashes(own), allow=in_sample)
     return AttentionConfig(heads=try_heads(opened.model, own, progress=progress).plan(keys).heads)
@@ -311,8 +310,8 @@ def measure_checkpoint(
     windows = opened.windows(text, tokens, context)
     overlaps = check_text(windows, origin.hashes, allow=in_sample)
     done = Conversion(converted.method, converted.layers, origin.calibration_tokens, overlaps)
-    reference, model = Reference.of(opened, windows, prompts), _moved(converted.model, place)
     chosen = attention_config(
         opened, attention, origin.calibration_text, windows, in_sample=in_sample, progress=progress
     )
-    return reference.compare(model, done, attention=chosen, progress=progress)
+    reference = Reference.of(opened, windows, prompts)
+    return reference.compare(_moved(converted.model, place), done, attention=chosen, progress=progress)

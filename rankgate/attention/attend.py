@@ -143,8 +143,7 @@ class TokenSelection:
     def _states_of(self, layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.config.heads is None:
-                states = args[0] if args else kwargs["hidden_states"]
-                self._states = unit(states.detach(), self.config.centred)
+                self._states = unit(layer_input(args, kwargs).detach(), self.config.centred)
                 if not self._strands[layer][0]:
                     self.selections.append([self._select(layer, b, x) for b, x in enumerate(self._states)])
 
@@ -169,7 +168,7 @@ class TokenSelection:
                 strands.extend(self._new_strands(layer, k.shape[1]))
                 selection = self.selections[layer][b] if self.selections else None
             for strand in strands:
-                keys, queries = strand.heads, slice(strand.heads.start * per_key, strand.heads.stop * per_key)
+                keys, queries = strand.heads, strand.queries(per_key)
                 states = self._states[b, present] if self.config.heads is None else None
                 mine = q[b, queries][:, present], k[b, keys][:, present], v[b, keys][:, present]
                 y = strand.attend(*mine, states, selection, scale)
@@ -246,6 +245,12 @@ def decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
                 if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers:
                     return module, child
     raise RankgateError(f"{type(model).__name__} does not attend through transformers' registry; its keys are fixed")
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The states (batch × tokens × width) that a decoder layer is called with."""
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
 
 
 def _attend(

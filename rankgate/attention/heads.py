@@ -19,13 +19,12 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rankgate.attention.attend import decoder
 from rankgate.attention.probe import dense, probing
 from rankgate.attention.strands import Heads, Strand
-from rankgate.calibration import evaluation_mode
+from rankgate.calibration import backward_from_sampled_labels, evaluation_mode, gradients_from_embedding
 from rankgate.errors import RankgateError
 from rankgate.progress import track
 
@@ -58,8 +57,7 @@ class HeadCosts:
 
         Raises RankgateError if the share is not in (0, 1], or below what the shortest windows read.
         """
-        if not 0 < keys <= 1:
-            raise RankgateError(f"keys {keys} is out of range; give a share in (0, 1]")
+        check_share(keys)
         pick = _within(self.losses, self.shares, keys)
         share, loss = (table.gather(1, pick[:, None]).squeeze(1) for table in (self.shares, self.losses))
         least = share.mean().item()
@@ -68,6 +66,12 @@ class HeadCosts:
         rows = pick.view(self.layers, -1).tolist()
         heads = tuple(tuple(self.candidates[i] for i in row) for row in rows)
         return HeadPlan(heads, least, loss.sum().item())
+
+
+def check_share(keys: float) -> None:
+    """Raises RankgateError unless `keys` is in (0, 1]."""
+    if not 0 < keys <= 1:
+        raise RankgateError(f"keys {keys} is out of range; give a share in (0, 1]")
 
 
 def try_heads(model: PreTrainedModel, windows: Tensor, *, progress: bool = False) -> HeadCosts:
@@ -104,27 +108,18 @@ def _sensitivities(model: PreTrainedModel, windows: Tensor, *, progress: bool) -
     outputs: list[Tensor] = []
 
     def probe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        y = dense(q, k, v, scale).requires_grad_()
+        y = dense(q, k, v, scale)
         y.retain_grad()
         outputs.append(y)
         return y
 
     generator = torch.Generator(model.device).manual_seed(0)
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        with probing(model, probe), evaluation_mode(model):
-            for window in track(windows.split(1), "sensitivity", enabled=progress):
-                outputs.clear()
-                logits = model(input_ids=window.to(model.device), use_cache=False).logits[0].float()
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                F.cross_entropy(logits, labels, reduction="sum").backward()
-                energy = [cast(Tensor, y.grad).float().square().mean((0, 2)) for y in outputs]
-                total = energy if not total else [a + b for a, b in zip(total, energy, strict=True)]
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_()
+    with probing(model, probe), evaluation_mode(model), gradients_from_embedding(model):
+        for window in track(windows.split(1), "sensitivity", enabled=progress):
+            outputs.clear()
+            backward_from_sampled_labels(model, window, generator)
+            energy = [cast(Tensor, y.grad).float().square().mean((0, 2)) for y in outputs]
+            total = energy if not total else [a + b for a, b in zip(total, energy, strict=True)]
     return [energy / len(windows) for energy in total]
 
 
@@ -138,10 +133,10 @@ def _tried(
     def probe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         y, per_key = dense(q, k, v, scale), q.shape[1] // k.shape[1]
         for h in range(k.shape[1]):
-            mine = slice(h * per_key, (h + 1) * per_key)
             rows = []
             for own in candidates:
                 strand = Strand(slice(h, h + 1), own, SINKS)
+                mine = strand.queries(per_key)
                 few = strand.attend(q[0, mine], k[0, h : h + 1], v[0, h : h + 1], None, None, scale)
                 error = (few - y[0, mine]).float().square().mean(1)
                 rows.append((0.5 * (error * sensitivity[layer][mine]).sum().item(), strand.read.item() / strand.pairs))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankgate.attention.attend import AttentionConfig, decoder
+from rankgate.attention.attend import AttentionConfig, decoder, layer_input
 from rankgate.attention.probe import dense, probing
 from rankgate.attention.select import Selection, cascade, causal_dots, inherit, owned, select, unit
 from rankgate.attention.strands import Heads, Strand
@@ -69,7 +69,7 @@ def profile(
     states: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(unit((args[0] if args else kwargs["hidden_states"])[0], config.centred))
+        states.append(unit(layer_input(args, kwargs)[0], config.centred))
 
     def probe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         y = dense(q, k, v, scale)

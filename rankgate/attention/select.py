@@ -72,12 +72,12 @@ def select(x: Tensor, tau: float, rule: Rule = "greedy") -> Selection:
 
 def cascade(x: Tensor, tau: float, before: Selection, rule: Rule = "greedy") -> Selection:
     """The representatives among unit states x (T × d) of a layer, repaired from those of a layer before."""
-    inherited = before.chosen.nonzero()[:, 0]
+    inherited, others = before.chosen.nonzero()[:, 0], (~before.chosen).nonzero()[:, 0]
     kept, dots = _greedy(x[inherited], tau)
     chosen = torch.zeros_like(before.chosen)
     chosen[inherited[kept]] = True
-    likeness, _, more = _nearest(x, (~before.chosen).nonzero()[:, 0], chosen.nonzero()[:, 0])
-    lost = (~before.chosen).nonzero()[:, 0][likeness <= 1 - tau**2]
+    likeness, _, more = _nearest(x, others, chosen.nonzero()[:, 0])
+    lost = others[likeness <= 1 - tau**2]
     dots += more
     if rule == "greedy":
         new, more = _greedy(x[lost], tau)

@@ -49,6 +49,10 @@ class Strand:
     def window(self) -> int:
         return ALWAYS if self.own.window is None else self.own.window
 
+    def queries(self, per_key: int) -> slice:
+        """The query heads that read it, `per_key` for each of its key heads."""
+        return slice(self.heads.start * per_key, self.heads.stop * per_key)
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
