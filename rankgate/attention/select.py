@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Rule = Literal["earlier", "greedy"]
-BLOCK = 512  # tokens compared together
+BLOCK = 128  # tokens compared together; a block is compared with itself in both directions
 
 
 @dataclass(frozen=True)
