@@ -44,7 +44,7 @@ RIDGE = 1e-6  # the same for the low-rank step
 FLOOR = 1e-3  # of the mean sensitivity, added to each
 ROWS = 8192  # rounded to nearest at a time, which bounds the memory for an output embedding
 OPEN_PART = 0.05  # of C that counts also behind open gates
-COLUMNS = 2048  # of a triangular matrix inverted together
+COLUMNS = 2048  # of a matrix factorised or inverted at a time
 BLOCK = 64  # columns whose errors are propagated together
 CHUNK = 8  # components of a low-rank correction that kernels handle at a time
 
@@ -65,36 +65,54 @@ class Metric:
     def propagation(self) -> Tensor:
         """Upper U (n × n) with Uᵀ U = C⁻¹, in the order of rounding: row j says where the error of column j goes."""
         backwards = self.order.flip(0)
-        R = factor(self.C[backwards][:, backwards].double(), DAMPING).flip(0, 1)  # C = R Rᵀ in that order, R upper
-        U = torch.zeros_like(R, dtype=torch.float32)
-        for stop in range(len(R), 0, -COLUMNS):  # some columns at a time, for the sake of memory
-            start = max(0, stop - COLUMNS)
-            unit = R.new_zeros(stop, stop - start)
-            unit[start:].fill_diagonal_(1)
-            U[:stop, start:stop] = torch.linalg.solve_triangular(R[:stop, :stop], unit, upper=True)
-        return U
+        L = factor(self.C[backwards][:, backwards], DAMPING)
+        invert_(L)
+        return L.float().flip(0, 1)  # L Lᵀ = C backwards, so R = L flipped is upper and R Rᵀ = C in that order
 
     @cached_property
     def root(self) -> Tensor:
         """L (n × n) with L Lᵀ = C."""
-        return factor(self.C.double(), RIDGE).float()
+        return factor(self.C, RIDGE).float()
 
 
 def factor(C: Tensor, damping: float) -> Tensor:
-    """L (n × n), lower, with L Lᵀ = C + `damping` of its mean diagonal, or the least of 10, 100 … times that.
+    """L (n × n, float64), lower, with L Lᵀ = C + `damping` of its mean diagonal, or the least of 10, 100 … times that.
 
-    Fewer tokens than inputs, or inputs that are always zero, leave C singular, and rounding decides its signs. C is
-    changed.
+    Fewer tokens than inputs, or inputs that are always zero, leave C singular, and rounding decides its signs.
     """
-    diagonal = C.diagonal().clone()
-    mean = diagonal.mean().clamp_min(1e-30)
-    L: Tensor
+    mean = C.diagonal().double().mean().clamp_min(1e-30)
     while True:
-        C.diagonal().copy_(diagonal + damping * mean)
-        L, failed = torch.linalg.cholesky_ex(C)
-        if not failed:
-            return L
+        L = C.to(torch.float64, copy=True)
+        L.diagonal().add_(damping * mean)
+        if cholesky_(L):
+            return L.tril_()
         damping *= 10
+
+
+def cholesky_(C: Tensor) -> bool:
+    """Write the lower factor of C (n × n, symmetric) over its lower triangle, if C is positive definite: is it?
+
+    Some columns at a time, for the sake of memory: a library's factorisation holds C about three times.
+    """
+    for start in range(0, len(C), COLUMNS):
+        stop = min(start + COLUMNS, len(C))
+        C[start:, start:stop].addmm_(C[start:, :start], C[start:stop, :start].T, alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(C[start:stop, start:stop])
+        if failed:
+            return False
+        C[start:stop, start:stop] = corner
+        below = C[stop:, start:stop]
+        below.copy_(torch.linalg.solve_triangular(corner.T, below, upper=True, left=False))
+    return True
+
+
+def invert_(L: Tensor) -> None:
+    """Write the inverse of L (n × n, lower) over it, some rows at a time."""
+    for start in range(0, len(L), COLUMNS):
+        rows = L[start : start + COLUMNS]
+        left, corner = rows[:, :start], rows[:, start : start + len(rows)]
+        corner.copy_(torch.linalg.solve_triangular(corner, torch.eye(len(rows)).to(L), upper=False))
+        left.copy_(corner @ (left @ L[:start, :start])).neg_()
 
 
 def scales(W: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
@@ -129,13 +147,13 @@ def scales(W: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> tupl
 
 def nearest(W: Tensor, bits: int) -> QuantizedMatrix:
     """W (m × n) rounded to nearest on a symmetric grid, every weight as important as the other."""
-    low, high, _ = grid(bits)
+    low, high, offset = grid(bits)
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
     parts = []
     for rows, part in zip(codes.split(ROWS), W.split(ROWS), strict=True):
         scale, _ = scales(part, None, bits, symmetric=True)
-        s, z = by_column(scale, None, W.shape[1], bits)
-        rows.copy_((part.float() / s).add_(z).round_().clamp_(low, high))
+        s = scale.float().repeat_interleave(GROUP, dim=1)[:, : W.shape[1]]
+        rows.copy_((part.float() / s).add_(offset).round_().clamp_(low, high))
         parts.append(scale)
     return QuantizedMatrix.pack(codes, torch.cat(parts), None, bits)
 
@@ -143,28 +161,21 @@ def nearest(W: Tensor, bits: int) -> QuantizedMatrix:
 def compensated(W: Tensor, metric: Metric, bits: int, symmetric: bool) -> QuantizedMatrix:
     """W (m × n) rounded column by column, later columns making up for the errors of earlier ones."""
     scale, zero = scales(W, metric.diagonal, bits, symmetric)
-    low, high, _ = grid(bits)
+    low, high, offset = grid(bits)
     order, U = metric.order, metric.propagation
-    # One column of W is one contiguous row here.
-    s, z = (v.T[order].contiguous() for v in by_column(scale, zero, W.shape[1], bits))
+    # One column of W is one contiguous row here, and so is one of scale and zero.
+    s, group = scale.float().T, order // GROUP
+    z = torch.full_like(s, offset) if zero is None else zero.float().T
     rows = W.float().T[order].contiguous()  # (n, m)
-    codes = torch.empty_like(rows)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=W.device)
     for start in range(0, len(rows), BLOCK):
         stop = min(start + BLOCK, len(rows))
         block = slice(start, stop)
-        codes[block], errors = round_block(rows[block], s[block], z[block], U[block, block], low, high)
+        codes[block], errors = round_block(rows[block], s[group[block]], z[group[block]], U[block, block], low, high)
         rows[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     unordered = torch.empty_like(codes)
     unordered[order] = codes
     return QuantizedMatrix.pack(unordered.T, scale, zero, bits)
-
-
-def by_column(scale: Tensor, zero: Tensor | None, n: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero of every weight (m × n each), float32."""
-    s = scale.float().repeat_interleave(GROUP, dim=1)[:, :n]
-    if zero is None:
-        return s, torch.full_like(s, grid(bits)[2])
-    return s, zero.float().repeat_interleave(GROUP, dim=1)[:, :n]
 
 
 def output_weights(sensitivity: Tensor) -> Tensor:

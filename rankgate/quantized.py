@@ -89,7 +89,7 @@ class QuantizedMatrix(nn.Module):
         zero: Tensor | int = NIBBLE_ZERO if self.bits == 4 else 0
         if self.zero is not None:
             zero = self.zero.float()[..., None]
-        W: Tensor = (grouped - zero) * self.scale.float()[..., None]
+        W: Tensor = grouped.sub_(zero).mul_(self.scale.float()[..., None])
         return W.flatten(-2)[:, : self.n].to(dtype)
 
 

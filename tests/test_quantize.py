@@ -5,13 +5,16 @@ import itertools
 import pytest
 import torch
 
+from rankgate import quantize
 from rankgate.errors import RankgateError
 from rankgate.quantize import (
+    DAMPING,
     ChannelWorth,
     Metric,
     allocate_ranks,
     compensated,
     decompose,
+    factor,
     gate_level,
     low_rank,
     nearest,
@@ -104,6 +107,23 @@ def test_decomposition_is_that_of_the_weighted_error(shape):
     torch.testing.assert_close(U.T @ U, torch.eye(4), rtol=0, atol=1e-4)
     rest = (weighted - U.double() @ (U.T.double() @ weighted)).square().sum()
     assert rest <= exact[4:].square().sum() * 1.01
+
+
+@pytest.mark.parametrize("n", [1, 64, 150])
+def test_second_moment_in_factors_some_columns_at_a_time(n, monkeypatch):
+    monkeypatch.setattr(quantize, "COLUMNS", 64)
+    _, C, _ = problem(1, n)
+    metric = Metric(C)
+    assert torch.allclose(metric.root @ metric.root.T, C, rtol=1e-4, atol=1e-4 * C.diagonal().mean())
+    U, order = metric.propagation.double(), metric.order
+    damped = C.double() + DAMPING * C.diagonal().mean() * torch.eye(n)
+    assert torch.equal(U, U.triu())
+    assert torch.allclose(U.T @ U @ damped[order][:, order], torch.eye(n).double(), atol=1e-5)
+
+
+def test_a_singular_second_moment_is_damped_until_it_has_factors():
+    L = factor(torch.ones(80, 80), 1e-20)
+    assert torch.equal(L, L.tril()) and (L @ L.T - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
