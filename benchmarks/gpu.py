@@ -12,7 +12,7 @@ from torch import Tensor
 from rankgate.core import GatedGroup, Subspace
 from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
 
-COLD = 3e8  # bytes over which calls are spread, so that none finds its weights in the cache of the GPU
+COLD = 1e9  # bytes over which calls are spread: none finds its weights in the GPU's cache, and graphs start seldom
 REPLAYS = 15
 DEVICE = "cuda"
 DTYPE = torch.bfloat16

@@ -38,7 +38,7 @@ from rankgate.convert import convert_
 from rankgate.core import GroupedLinear, LinearGroup
 from rankgate.gates import record_gates
 from rankgate.groups import input_groups, linears, shape
-from rankgate.methods import Int4Config, Int8Config, LRQConfig
+from rankgate.methods import GSIConfig, Int4Config, Int8Config, LRQConfig, SVDConfig
 from rankgate.pipeline import open_dense
 from rankgate.quantized import QuantizedGroup
 from rankgate.reads import weight_reads
@@ -98,7 +98,7 @@ def variants(main: bool, fire: float) -> list[Variant]:
 def main() -> None:
     arguments = parse()
     start = time.monotonic()
-    settings = {"device": torch.cuda.get_device_name(), "prompt": PROMPT, "new": [FEW, MANY], "torchao": TORCHAO}
+    settings = {"device": torch.cuda.get_device_name(), "prompt": PROMPT, "new": [FEW, MANY]}
     run = {"commit": COMMIT, "ceiling_tb_s": copy_ceiling()}
     rows = earlier()
     for name in arguments.models:
@@ -138,7 +138,8 @@ def random_model(name: str, fire: float) -> Iterator[dict[str, Any]]:
     for method, share, make in variants(name == "llama", fire):
         yield {"method": method, "loop": "engine", "fire": share, **attempt(replaced, name, groups, make, share)}
     if TORCHAO and name == "llama":
-        yield {"method": "torchao int4", "loop": "generate, compiled", "fire": 0.0, **attempt(torchao, name)}
+        for loop in ("engine", "generate, compiled"):
+            yield {"method": "torchao int4", "loop": loop, "fire": 0.0, **attempt(torchao, name, loop)}
 
 
 def build(name: str) -> PreTrainedModel:
@@ -203,7 +204,7 @@ def rereader(model: PreTrainedModel, text: Tensor) -> Callable[[], Any]:
     return functools.partial(model, text[:, PROMPT:], past_key_values=cache)
 
 
-def torchao(name: str) -> dict[str, Any]:
+def torchao(name: str, loop: str) -> dict[str, Any]:
     """4 bits in groups of 64 in the layout of torch's own kernel."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
@@ -211,7 +212,7 @@ def torchao(name: str) -> dict[str, Any]:
     chosen = set(linears(model).values())
     config = Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
     quantize_(model, config, filter_fn=lambda module, _: module in chosen)
-    return {"ms": per_token(model, prompt(), "generate, compiled")}
+    return {"ms": per_token(model, prompt(), loop)}
 
 
 def figures(model: PreTrainedModel, ids: Tensor, loop: str) -> dict[str, Any]:
@@ -299,7 +300,10 @@ def smollm2(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     windows = opened.windows(str(arguments.text / "valid.txt"), CALIBRATION_TOKENS, CONTEXT)
     stats = calibrate(model, windows, sensitivity=True)
     dense = model.cpu()
-    for method in (Int8Config(), Int4Config(), *(LRQConfig(rank=16, refine=share) for share in (0.0, 0.05, 0.2))):
+    for method in (
+        *(LRQConfig(rank=16, refine=0.05), Int4Config(), GSIConfig(), SVDConfig(rank=0.25), Int8Config()),
+        *(LRQConfig(rank=16, refine=share) for share in (0.0, 0.2)),
+    ):
         model = copy.deepcopy(dense).to(DEVICE)
         convert_(model, method, stats)
         row = {"method": method.name, "loop": "engine", "dtype": "bfloat16"}

@@ -51,6 +51,7 @@ def documents() -> dict[Path, str]:
                 costs(load("calibration")),
                 render_attention.quality(load("attention_quality"), source(load("attention_quality"))),
                 render_attention.selection(load("attention"), source(load("attention"))),
+                *(render_attention.speed(content, source(content)) for content in of_devices("attention_speed")),
                 *gpus(),
             )
         ),
@@ -71,7 +72,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def of_devices(name: str) -> list[dict[str, Any]]:
-    """The results called `name` of every GPU that was measured on."""
+    """The results called `name` of every device that was measured on."""
     return [load(path.stem) for path in sorted((ROOT / "benchmarks" / "results").glob(f"{name}_*.json"))]
 
 

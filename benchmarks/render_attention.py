@@ -114,6 +114,60 @@ heads and no representatives. *by head*: a window and a tolerance for each key h
 """
 
 
+def speed(content: dict[str, Any], source: str) -> str:
+    """One device: prefill, decoding and the cache, as multiples of dense attention's."""
+    lengths: dict[int, dict[str, Any]] = {}
+    for r in content["results"]:
+        lengths.setdefault(r["length"], {})[r["what"]] = r
+    kinds = [what for what in next(iter(lengths.values())) if what not in ("select", "cascade")]
+
+    def prefill(rows: dict[str, Any], what: str) -> float:
+        """With the selection that it needs: of states by cascade; by-head attention chooses by itself."""
+        return float(rows[what]["x dense"] + (rows["cascade"]["x dense"] if what.startswith("windowed") else 0))
+
+    times = [
+        (
+            *(str(T), f"{rows['select']['r']:.2f}"),
+            *(f"{rows[what]['x dense']:.2f}" for what in ("select", "cascade")),
+            *(f"{prefill(rows, what):.2f}" for what in kinds),
+        )
+        for T, rows in lengths.items()
+    ]
+    steps = [
+        (str(T), *(f"{rows[what]['decode']:.2f}" for what in kinds), *(f"{rows[what]['cache']:.2f}" for what in kinds))
+        for T, rows in lengths.items()
+    ]
+    pays = "\n".join(
+        f"- {what}: prefill {pays_from({T: prefill(rows, what) for T, rows in lengths.items()})}, decoding "
+        f"{pays_from({T: rows[what]['decode'] for T, rows in lengths.items()})}"
+        for what in kinds
+    )
+    return f"""## Speed with fewer keys ({content["settings"]["device"]})
+
+One layer (number {content["settings"]["layer"]}) of SmolLM2-135M on real text of T tokens; medians of
+{content["settings"]["repeats"]} in turn, as multiples of `scaled_dot_product_attention` of the same queries. *anew* and
+*cascade*: choosing representatives of states, alone. The others: attention with all that it needs to choose (windowed:
+by cascade). {source}
+
+{markdown(("T", "r/T", "anew", "cascade", *kinds), times)}
+
+One new token, and bytes of the cache, likewise:
+
+{markdown(("T", *(f"{what}: step" for what in kinds), *(f"{what}: cache" for what in kinds)), steps)}
+
+Faster than dense attention from which T on, as far as measured:
+
+{pays}
+"""
+
+
+def pays_from(ratios: dict[int, float]) -> str:
+    """The least length from which on all are below 1."""
+    slow = [T for T, ratio in ratios.items() if ratio >= 1]
+    fast = [T for T in ratios if max(slow, default=0) < T]
+    return f"from {min(fast)}" if fast else f"not up to {max(ratios)}"
+
+
 def overview(content: dict[str, Any]) -> str:
     """For the README: the longest texts."""
     longest = max(r["length"] for r in content["results"])

@@ -103,7 +103,8 @@ def error_rows(errors: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 def decoding(content: dict[str, Any], source: str) -> str:
     settings, results = content["settings"], content["results"]
     few, many = settings["new"]
-    torchao = "" if settings["torchao"] else "torchao could not be imported there, so it is not compared with. "
+    compared = any(r["method"].startswith("torchao") for r in results)
+    torchao = "" if compared else "torchao was not at hand there, so it is not compared with. "
     by_model = {name: [r for r in results if r["model"] == name] for name in MODELS}
     sections = "\n\n".join(model_section(name, rows) for name, rows in by_model.items() if rows)
     return f"""## GPU decoding ({settings["device"]})
