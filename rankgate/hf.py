@@ -21,6 +21,8 @@ from rankgate.texts import load_text, token_windows
 if TYPE_CHECKING:
     from rankgate.quantizer import RankgateConfig
 
+CACHE_LINE = 64  # bytes
+
 
 def convert_loaded_(model: PreTrainedModel, config: RankgateConfig) -> list[LayerReport]:
     """Convert a dense model that was just loaded; `config` then says what it is made of."""
@@ -60,6 +62,13 @@ def _windows(model: PreTrainedModel, config: RankgateConfig) -> Tensor:
         reason = "give RankgateConfig(windows=...), token ids to calibrate on"
         raise RankgateError(f"there is no tokenizer at {name!r}; {reason}") from error
     return token_windows(tokenizer, load_text(config.calibration_text), config.calibration_tokens, config.context)
+
+
+def align_(model: PreTrainedModel) -> None:
+    """Move tensors that lie askew in a mapped file to memory of their own: how a product is rounded depends on it."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % CACHE_LINE:
+            parameter.data = parameter.data.clone()
 
 
 def freeze_(model: PreTrainedModel) -> None:

@@ -126,16 +126,15 @@ class RankgateQuantizer(HfQuantizer):
             with torch.device("meta"):
                 rebuild(model, modules, model.dtype)
             tie(model)
-            for (
-                module
-            ) in modules:  # a parent with nothing of its own may want to initialise the weights of its children
+            for module in modules:  # a parent may want to initialise weights of its children, which are not there
                 parent = model.get_submodule(module["name"].rpartition(".")[0])
-                if not parent._parameters and not parent._buffers:
+                if not parent._non_persistent_buffers_set:  # what it has itself is stored
                     parent._is_hf_initialized = True  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        from rankgate.hf import convert_loaded_, freeze_
+        from rankgate.hf import align_, convert_loaded_, freeze_
 
+        align_(model)
         if self.pre_quantized:
             freeze_(model)
             self.quantization_config.build().attach(model)
