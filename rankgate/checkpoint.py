@@ -2,7 +2,8 @@
 
 config.json, generation_config.json, model*.safetensors, tokenizer files    as of any model; `quantization_config`
                                                                             says how it was converted
-rankgate.json                                                               layer reports, provenance
+rankgate.json                                                               layer reports, provenance; only what
+                                                                            `Checkpoint.save` writes has it
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A converted model, to be saved or opened from disk."""
+    """A converted model, to be saved or opened from disk; without provenance if transformers alone saved it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     method: Method
     layers: list[LayerReport]
-    provenance: Provenance
+    provenance: Provenance | None
 
     def save(self, directory: Path) -> None:
         """Write the model into `directory`, which is made. Wrap it in `files.atomic_path` to get all or nothing."""
@@ -53,6 +54,8 @@ class Checkpoint:
         mark_converted(self.model, self.method)
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
+        if self.provenance is None:
+            return
         manifest = {
             "provenance": {**dataclasses.asdict(self.provenance), "hashes": self.provenance.hashes.tolist()},
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
@@ -76,11 +79,16 @@ def _quantization(path: str | Path) -> dict[str, Any]:
 
 def source_of(directory: str | Path) -> str:
     """The dense model that a converted one was made from. Raises RankgateError if that is not recorded."""
-    source: str = _manifest(Path(directory))["provenance"]["source"]
+    manifest = _manifest(Path(directory))
+    if manifest is None:
+        raise RankgateError(f"{directory} does not say what it was converted from; pass --against MODEL")
+    source: str = manifest["provenance"]["source"]
     return source
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def _manifest(directory: Path) -> dict[str, Any] | None:
+    if not (directory / MANIFEST).exists():
+        return None
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest["provenance"]["source"], str):
@@ -110,6 +118,8 @@ def load(directory: str | Path) -> Checkpoint:
         if wrong:
             raise ValueError(f"the tensors are not those of the manifest: {sorted(map(str, wrong))[0]}")
         tokenizer = AutoTokenizer.from_pretrained(directory)
+        if manifest is None:
+            return Checkpoint(model, tokenizer, method, [], None)
         origin = manifest["provenance"]
         provenance = Provenance(**{**origin, "hashes": torch.tensor(origin["hashes"], dtype=torch.int64)})
         layers = [LayerReport(**layer) for layer in manifest["layers"]]

@@ -138,3 +138,14 @@ def test_another_format_is_named(tokenizer, tmp_path):
     edit(tmp_path / "out", lambda q: q.update(format=99))
     with pytest.raises(RankgateError, match="format 99"):
         checkpoint.load(tmp_path / "out")
+
+
+def test_what_transformers_saved_opens_without_provenance(tokenizer, tmp_path):
+    saved = save("llama", METHODS[1], tokenizer, tmp_path / "out")
+    (tmp_path / "out" / checkpoint.MANIFEST).unlink()
+    loaded = checkpoint.load(tmp_path / "out")
+    assert loaded.provenance is None and loaded.method == saved.method
+    with pytest.raises(RankgateError, match="--against MODEL"):
+        checkpoint.source_of(tmp_path / "out")
+    loaded.save(tmp_path / "copy")
+    assert not (tmp_path / "copy" / checkpoint.MANIFEST).exists()
