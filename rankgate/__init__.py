@@ -2,13 +2,16 @@
 
     from rankgate import GSIConfig, calibrate, convert_, evaluate
 
-The names below are imported when they are first used, so that `rankgate --help` does not wait for torch.
+The names below are imported when they are first used, so that `rankgate --help` does not wait for torch. Likewise the
+quantiser is registered with transformers once somebody imports that: `from_pretrained` then opens converted models.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+import wrapt
 
 if TYPE_CHECKING:
     from rankgate.attention.attend import AttentionConfig, select_tokens_
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from rankgate.errors import RankgateError
     from rankgate.evaluation import Evaluation, evaluate
     from rankgate.methods import ASVDConfig, GSIConfig, Int4Config, Int8Config, LRQConfig, SparseConfig, SVDConfig
+    from rankgate.quantizer import RankgateConfig
 
 __version__ = "0.1.0"
 
@@ -43,6 +47,7 @@ _HOME = {
     "Int8Config": "methods",
     "LRQConfig": "methods",
     "SVDConfig": "methods",
+    "RankgateConfig": "quantizer",
     "SparseConfig": "methods",
 }
 
@@ -57,6 +62,7 @@ __all__ = [
     "Int8Config",
     "LRQConfig",
     "LayerReport",
+    "RankgateConfig",
     "RankgateError",
     "SVDConfig",
     "SparseConfig",
@@ -69,6 +75,11 @@ __all__ = [
     "try_heads",
     "twin",
 ]
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register(_: Any) -> None:
+    importlib.import_module("rankgate.quantizer")
 
 
 def __getattr__(name: str) -> Any:

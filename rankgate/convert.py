@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from rankgate.progress import track
 from rankgate.quantize import nearest
 from rankgate.quantized import QuantizedGroup, QuantizedHead
 
+NOT_WANTED = "left dense as asked"
 Converted = GroupedLinear | ContextLinear | SparseLinear
 
 
@@ -44,12 +46,15 @@ def convert_(
     method: Method,
     stats: Stats | None = None,
     *,
+    overrides: Mapping[str, Method | None] | None = None,
     lm_head: bool = False,
     consume: bool = False,
     progress: bool = False,
 ) -> list[LayerReport]:
     """Rewrite every linear of `model` in place, and say what was done to each.
 
+    overrides: another method by the name of a linear, or its end ("down_proj"), for the input group that it is in; None
+    leaves the group dense.
     lm_head: also round the output embedding to int8 (no method, no statistics; an input embedding that was tied to it
     keeps its dense weight). Otherwise it stays dense.
     consume: drop each second moment of `stats` after its last use, which saves memory; `stats` are of no use then.
@@ -57,33 +62,63 @@ def convert_(
     Raises RankgateError if `method` needs statistics and has none, if they belong to another model, or if a rank does
     not fit; the model may then be partly converted.
     """
-    used = statistics_for(model, method, stats)
     if any(True for _ in converted_layers(model)):
         raise RankgateError("the model is converted already; start from the dense one")
+    others = dict(overrides or {})
+    used: dict[tuple[str, ...], GroupStats] = {}
+    for one in (method, *(other for other in others.values() if other is not None)):
+        used |= statistics_for(model, one, stats)
     modules = linears(model)
     reports = {name: LayerReport(name, name, *shape(module), reason=NOT_CALLED) for name, module in modules.items()}
-    groups = list(used) or input_groups(model)
+    parts = assigned(list(used) or input_groups(model), method, others)
+    if unknown := [name for name in others if not any(matches(name, module) for module in modules)]:
+        raise RankgateError(f"{unknown[0]!r} is no linear of this model; name one, or the end of one")
+    for chosen, groups in parts:
+        if chosen is None:
+            for name in (name for members in groups for name in members):
+                reports[name] = dataclasses.replace(reports[name], reason=NOT_WANTED)
+            continue
 
-    def read() -> Iterator[tuple[list[Linear], GroupStats | None]]:
-        for members in track(groups, "converting", enabled=progress):
-            layers, stats = [read_linear(name, modules[name]) for name in members], used.get(members)
-            yield layers, None if stats is None else stats.to(layers[0].W.device)
+        def read(groups: list[tuple[str, ...]] = groups) -> Iterator[tuple[list[Linear], GroupStats | None]]:
+            for members in track(groups, "converting", enabled=progress):
+                layers, stats = [read_linear(name, modules[name]) for name in members], used.get(members)
+                yield layers, None if stats is None else stats.to(layers[0].W.device)
 
-    for members, rewrites in zip(groups, method.rewrite(read), strict=True):
-        for name, rewrite in zip(members, rewrites, strict=True):
-            if rewrite.module is not None:
-                model.set_submodule(name, rewrite.module)
-                del modules[name]  # the last reference to the dense weight, if nobody else has one
-            reports[name] = LayerReport(
-                name, members[0], reports[name].m, reports[name].n, rewrite.rank, rewrite.kept, rewrite.reason
-            )
-        if consume and members in used:
-            used[members].C = torch.empty(0)
+        for members, rewrites in zip(groups, chosen.rewrite(read), strict=True):
+            for name, rewrite in zip(members, rewrites, strict=True):
+                if rewrite.module is not None:
+                    model.set_submodule(name, rewrite.module)
+                    del modules[name]  # the last reference to the dense weight, if nobody else has one
+                reports[name] = LayerReport(
+                    name, members[0], reports[name].m, reports[name].n, rewrite.rank, rewrite.kept, rewrite.reason
+                )
+            if consume and members in used:
+                used[members].C = torch.empty(0)
+        chosen.attach(model)
     if lm_head:
         head = convert_head_(model)
         reports[head.name] = head
-    method.attach(model)
     return list(reports.values())
+
+
+def assigned(
+    groups: list[tuple[str, ...]], method: Method, others: Mapping[str, Method | None]
+) -> list[tuple[Method | None, list[tuple[str, ...]]]]:
+    """The groups that each method is to rewrite."""
+    parts: list[tuple[Method | None, list[tuple[str, ...]]]] = []
+    for members in groups:
+        own = next((o for name, o in others.items() if any(matches(name, member) for member in members)), method)
+        part = next((part for chosen, part in parts if chosen is own), None)
+        if part is None:
+            parts.append((own, [members]))
+        else:
+            part.append(members)
+    return parts
+
+
+def matches(name: str, module: str) -> bool:
+    """Whether `name` is that of a module, or its end."""
+    return module == name or module.endswith(f".{name}")
 
 
 def convert_head_(model: PreTrainedModel) -> LayerReport:

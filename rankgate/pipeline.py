@@ -298,20 +298,20 @@ def measure_checkpoint(
     """Compare a converted model on disk with `dense`, by default the model that it was converted from.
 
     `text` defaults to the held-out part of Python's reference, in-sample to what the model was calibrated on.
-    Raises RankgateError if the dense model is not the one that was converted.
+    Raises RankgateError if the dense model is not the one that was converted, or is neither given nor recorded.
     """
     place = find_device(device)
     converted = checkpoint.load(directory)
     origin = converted.provenance
-    opened = open_dense(dense or origin.source, device)
-    if fingerprint(opened.model) != origin.fingerprint:
+    if origin is None and dense is None:
+        raise RankgateError(f"{directory} does not say what it was converted from; pass --dense MODEL")
+    opened = open_dense(dense or (origin.source if origin else ""), device)
+    if origin and fingerprint(opened.model) != origin.fingerprint:
         raise RankgateError(f"{opened.name} is not the model that {directory} was converted from; pass --dense MODEL")
-    text = text or (origin.calibration_text if in_sample else None) or texts.HELD_OUT
-    windows = opened.windows(text, tokens, context)
-    overlaps = check_text(windows, origin.hashes, allow=in_sample)
-    done = Conversion(converted.method, converted.layers, origin.calibration_tokens, overlaps)
-    chosen = attention_config(
-        opened, attention, origin.calibration_text, windows, in_sample=in_sample, progress=progress
-    )
+    calibrated_on = origin.calibration_text if origin else None
+    windows = opened.windows(text or (calibrated_on if in_sample else None) or texts.HELD_OUT, tokens, context)
+    overlaps = origin is not None and check_text(windows, origin.hashes, allow=in_sample)
+    done = Conversion(converted.method, converted.layers, origin.calibration_tokens if origin else 0, overlaps)
+    chosen = attention_config(opened, attention, calibrated_on, windows, in_sample=in_sample, progress=progress)
     reference = Reference.of(opened, windows, prompts)
     return reference.compare(_moved(converted.model, place), done, attention=chosen, progress=progress)

@@ -185,7 +185,7 @@ class QuantizedGroup(LinearGroup):
         low_rank = refinement = None
         if rank:
             A, B = (torch.empty(shape, dtype=torch.int8) for shape in ((m, rank), (rank, n)))
-            low_rank = LowRank(A, B, torch.empty(rank))
+            low_rank = LowRank(A, B, torch.empty(rank, dtype=torch.float32))
         if refined:
             packed = torch.empty(-(-m // GROUP) * n * GROUP // 2, dtype=torch.uint8)
             row, column = (torch.empty(size, dtype=torch.bfloat16) for size in (m, n))

@@ -1,8 +1,12 @@
+import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
+from transformers import AutoModelForCausalLM
 
 from rankgate import checkpoint
 from rankgate.checkpoint import Checkpoint, Provenance
@@ -23,8 +27,17 @@ METHODS = (
 )
 
 
+def reloaded(architecture, dtype, directory):
+    """As transformers opens it: what is not stored, such as GPT-J's table of positions, it may compute otherwise.
+
+    Copied, because tensors in a mapped file may lie askew, and then products are rounded otherwise.
+    """
+    tiny_model(architecture, dtype).save_pretrained(directory)
+    return copy.deepcopy(AutoModelForCausalLM.from_pretrained(directory))
+
+
 def save(architecture, method, tokenizer, directory, dtype=torch.float32, lm_head=False):
-    model = tiny_model(architecture, dtype)
+    model = reloaded(architecture, dtype, directory.with_name("dense"))
     stats = calibrated(model, sensitivity=method.needs_sensitivity)
     layers = convert_(model, method, stats, lm_head=lm_head)
     origin = Provenance("somewhere", "abc", "some text", 512, torch.tensor([5, -7]))
@@ -62,37 +75,53 @@ def test_a_converted_output_embedding_is_kept(architecture, tokenizer, tmp_path)
     assert torch.equal(*outputs)
 
 
-def test_transformers_alone_refuses_the_directory(tokenizer, tmp_path):
-    from transformers import AutoModelForCausalLM
+OPEN = (
+    "import sys; from transformers import AutoModelForCausalLM as Model; "
+    "m, info = Model.from_pretrained(sys.argv[1], output_loading_info=True)"
+)
 
+
+def test_transformers_alone_is_not_silent(tokenizer, tmp_path):
+    """It says that weights are missing, because none has the name of a dense one."""
     save("llama", METHODS[0], tokenizer, tmp_path / "out")
-    with pytest.raises(OSError, match="no file named"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", OPEN, tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert "rankgate" in done.stderr and "MISSING" in done.stderr and "q_proj.weight" in done.stderr
+
+
+@pytest.mark.parametrize("first", ["import rankgate", "import transformers, torch, rankgate"])
+def test_importing_rankgate_is_enough(first, tokenizer, tmp_path):
+    save("llama", METHODS[0], tokenizer, tmp_path / "out")
+    code = f"{first}; {OPEN}; assert not info['missing_keys'], info; assert m.quantization_method == 'rankgate'"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def damage_tensors(directory):
-    file = directory / checkpoint.TENSORS
+    file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def lose_tensors(directory):
-    (directory / checkpoint.TENSORS).unlink()
+    (directory / "model.safetensors").unlink()
 
 
 def garble_manifest(directory):
     (directory / checkpoint.MANIFEST).write_text("{")
 
 
+def edit(directory, change):
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    change(config["quantization_config"])
+    file.write_text(json.dumps(config))
+
+
 def change_shape(directory):
-    manifest = json.loads((directory / checkpoint.MANIFEST).read_text())
-    manifest["modules"][0]["rank"] += 1
-    (directory / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    edit(directory, lambda q: q["modules"][0].update(rank=q["modules"][0]["rank"] + 1))
 
 
 def drop_layer(directory):
-    manifest = json.loads((directory / checkpoint.MANIFEST).read_text())
-    manifest["modules"].pop()
-    (directory / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    edit(directory, lambda q: q["modules"].pop())
 
 
 @pytest.mark.parametrize("harm", [damage_tensors, lose_tensors, garble_manifest, change_shape, drop_layer])
@@ -106,6 +135,17 @@ def test_damage_is_one_line(harm, tokenizer, tmp_path):
 
 def test_another_format_is_named(tokenizer, tmp_path):
     save("llama", METHODS[1], tokenizer, tmp_path / "out")
-    (tmp_path / "out" / checkpoint.MANIFEST).write_text('{"format": "rankgate-model-99"}')
-    with pytest.raises(RankgateError, match="rankgate-model-99"):
+    edit(tmp_path / "out", lambda q: q.update(format=99))
+    with pytest.raises(RankgateError, match="format 99"):
         checkpoint.load(tmp_path / "out")
+
+
+def test_what_transformers_saved_opens_without_provenance(tokenizer, tmp_path):
+    saved = save("llama", METHODS[1], tokenizer, tmp_path / "out")
+    (tmp_path / "out" / checkpoint.MANIFEST).unlink()
+    loaded = checkpoint.load(tmp_path / "out")
+    assert loaded.provenance is None and loaded.method == saved.method
+    with pytest.raises(RankgateError, match="--against MODEL"):
+        checkpoint.source_of(tmp_path / "out")
+    loaded.save(tmp_path / "copy")
+    assert not (tmp_path / "copy" / checkpoint.MANIFEST).exists()
