@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import render_api
 import render_attention
 import render_gpu
 from matplotlib.figure import Figure
@@ -39,6 +40,7 @@ def documents() -> dict[Path, str]:
     text = between(text, "attention", render_attention.overview(load("attention_quality")))
     return {
         readme: text,
+        ROOT / "docs" / "api.md": render_api.reference(),
         ROOT / "docs" / "results.md": "\n".join(
             (
                 "# Results\n\nWritten by `benchmarks/render.py` from `benchmarks/results/*.json`; do not edit.\n",

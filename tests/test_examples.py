@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ARGUMENTS = {"load.py": ["{model}", "{out}"], "compare.py": ["{model}"]}
-SAYS = {"load.py": "MB in", "compare.py": "gsi: perplexity x"}
+ARGUMENTS = {
+    "adapter.py": ["{model}", "A text to learn.", "{out}"],
+    "compare.py": ["{model}"],
+    "load.py": ["{model}", "{out}"],
+}
+SAYS = {"adapter.py": "step 4: loss", "compare.py": "gsi: perplexity x", "load.py": "MB in"}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
