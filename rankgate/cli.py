@@ -16,6 +16,7 @@ from rankgate.options import (
     add_device,
     add_method,
     add_selection,
+    add_tasks,
     add_texts,
     natural,
     positive,
@@ -55,11 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         child = verbs.add_parser(name, help=text, description=text, epilog=EPILOG)
         child.set_defaults(run=run)
+        child.add_argument("--json", action="store_true", help="last line: one JSON object")
         return child
 
     demo = verb("demo", commands.demo, "Convert the embedded SmolLM2-135M in several ways, compare, write a report.")
     demo.add_argument("-o", "--output", default="report", metavar="DIR", help="report directory (default: report)")
-    demo.add_argument("--json", action="store_true", help="last line: one JSON object")
 
     analyze = verb("analyze", commands.analyze, "How low-rank a model's weights and activations are; writes a report.")
     analyze.add_argument("model", metavar="MODEL")
@@ -67,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_texts(analyze, tokens=2048)
     add_selection(analyze)
     add_device(analyze)
-    analyze.add_argument("--json", action="store_true", help="last line: one JSON object")
 
     convert = verb("convert", commands.convert, "Convert a model and save it.")
     convert.add_argument("model", metavar="MODEL")
@@ -78,18 +78,17 @@ def build_parser() -> argparse.ArgumentParser:
     planned.add_argument("--plan", metavar="FILE", help="apply a plan.json that was written before, perhaps edited")
     add_calibration(convert)
     add_device(convert)
-    convert.add_argument("--json", action="store_true", help="last line: one JSON object")
 
     evaluate = verb("evaluate", commands.evaluate, "Compare a converted model with the dense one on the same tokens.")
     evaluate.add_argument("model", metavar="MODEL_OR_DIR", help="a dense model, or a directory written by convert")
     add_method(evaluate)
     add_attention(evaluate)
+    add_tasks(evaluate)
     add_texts(evaluate, tokens=2048)
     evaluate.add_argument("--in-sample", action="store_true", help="allow (and mark) text that was calibrated on")
     evaluate.add_argument("--dense", metavar="MODEL", help="dense model of a converted DIR (default: as recorded)")
     add_device(evaluate)
     evaluate.add_argument("--prompts", type=natural, default=8, metavar="N", help="prompts to continue (default: 8)")
-    evaluate.add_argument("--json", action="store_true", help="last line: one JSON object")
 
     bench = verb("bench", commands.bench, "Tokens per second, bytes and memory at batch 1, side by side with dense.")
     bench.add_argument("models", nargs="+", metavar="MODEL_OR_DIR")
@@ -98,14 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("-n", type=positive, default=128, metavar="N", help="new tokens (default: 128)")
     bench.add_argument("--rounds", type=positive, default=5, metavar="N", help="measurements of each (default: 5)")
     bench.add_argument("--torchao", action="store_true", help="also torchao int8 and int4, eager and compiled")
-    bench.add_argument("--json", action="store_true", help="last line: one JSON object")
 
     generate = verb("generate", commands.generate, "Continue a prompt, streaming the text (greedy).")
     generate.add_argument("model", metavar="MODEL_OR_DIR")
     generate.add_argument("prompt")
     generate.add_argument("-n", type=positive, default=100, metavar="N", help="new tokens (default: 100)")
     add_device(generate)
-    generate.add_argument("--json", action="store_true", help="do not stream; last line: one JSON object")
     return parser
 
 

@@ -200,6 +200,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from rankgate.tables import HEADERS, attended, row
 
     settings = chosen_attention(arguments)
+    if arguments.tasks:
+        if settings:
+            raise RankgateError("tasks are run with the model's own attention; leave out --attention")
+        evaluate_tasks(arguments)
+        return
+    if arguments.tasks_path or arguments.limit:
+        raise RankgateError("--tasks-path and --limit belong to --tasks")
     if is_checkpoint(arguments.model):
         if method_was_given(arguments):
             raise RankgateError(f"{arguments.model} is converted already; leave out the options of the method")
@@ -245,6 +252,27 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if record["attention"]:
         print(attended(record["attention"]))
     finish(arguments, {"model": arguments.model, **record})
+
+
+def evaluate_tasks(arguments: argparse.Namespace) -> None:
+    """A dense model, a converted directory, or with a method a dense model converted in memory."""
+    from rankgate.convert import convert_
+    from rankgate.pipeline import open_any
+    from rankgate.tasks import HEADERS, run_tasks
+
+    method = chosen_method(arguments) if method_was_given(arguments) else None
+    if method is None:
+        say(f"loading {arguments.model}")
+        model = open_any(arguments.model, arguments.device)
+    else:
+        model = opened(arguments)
+        stats = calibrated(model, arguments, sensitivity=method.needs_sensitivity) if method.needs_stats else None
+        convert_(model.model, method, stats, lm_head=arguments.lm_head, consume=True, progress=True)
+    say(f"running {arguments.tasks}")
+    scores = run_tasks(model, arguments.tasks.split(","), folder=arguments.tasks_path, limit=arguments.limit)
+    show_table(HEADERS, [score.row for score in scores])
+    record = {"model": arguments.model, "method": method.record() if method else None}
+    finish(arguments, {**record, "tasks": [dataclasses.asdict(score) for score in scores]})
 
 
 def bench(arguments: argparse.Namespace) -> None:

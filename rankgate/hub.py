@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
 from rankgate.errors import RankgateError
 
 TIMEOUT = 10  # seconds
@@ -29,3 +33,18 @@ def require(name: str, kind: str) -> None:
         raise RankgateError(
             f"the hub is unreachable ({reason}); {name} is not a path on this machine either"
         ) from error
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Ask the hub once; if it does not answer, libraries make do with their caches in the meantime, and do not wait."""
+    from datasets import config
+    from huggingface_hub import constants, get_session
+
+    with ExitStack() as stack:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+        except Exception:  # every transport reports an unreachable host in its own way
+            for module in (constants, config):
+                stack.enter_context(patch.object(module, "HF_HUB_OFFLINE", True))
+        yield

@@ -64,6 +64,13 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tasks of lm-evaluation-harness, instead of a comparison on text")
+    group.add_argument("--tasks", metavar="NAME[,NAME]", help="run these (extra `eval`)")
+    group.add_argument("--tasks-path", metavar="DIR", help="folder with tasks of your own (YAML)")
+    group.add_argument("--limit", type=positive, metavar="N", help="documents of each task (default: all)")
+
+
 def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens-selection", action="store_true", help="also which tokens stand for the others")
     parser.add_argument("--tau", type=float, default=0.3, metavar="FLOAT", help="its tolerance (default: 0.3)")
