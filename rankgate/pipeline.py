@@ -18,7 +18,7 @@ from rankgate.attention.attend import AttentionConfig, select_tokens_
 from rankgate.attention.heads import check_share, try_heads
 from rankgate.calibration import Stats, calibrate, fingerprint
 from rankgate.checkpoint import Provenance
-from rankgate.convert import LayerReport, convert_, twin
+from rankgate.convert import LayerReport, convert_, share_, twin
 from rankgate.errors import RankgateError
 from rankgate.evaluation import Evaluation, TextComparison, compare_text, continuations, evaluate
 from rankgate.methods import Method
@@ -81,6 +81,26 @@ def open_any(name: str, device: str | None = "cpu") -> Opened:
     place = find_device(device)
     converted = checkpoint.load(name)
     return Opened(name, _moved(converted.model, place), converted.tokenizer)
+
+
+def open_pair(
+    directory: str, device: str | None = "cpu", *, dense: str | None = None
+) -> tuple[Opened, checkpoint.Checkpoint]:
+    """A converted model and `dense`, by default the one that it was converted from, which share what both have.
+
+    Raises RankgateError if `directory` is no converted model, or if the dense model is another one.
+    """
+    if not checkpoint.is_checkpoint(directory):
+        raise RankgateError(f"{directory} is not a converted model; give a directory that rankgate convert wrote")
+    place = find_device(device)
+    converted = checkpoint.load(directory)
+    opened = open_dense(dense or converted.provenance.source, device)
+    if fingerprint(opened.model) != converted.provenance.fingerprint:
+        raise RankgateError(
+            f"{opened.name} is not the model that {directory} was converted from; name that one (--dense, --against)"
+        )
+    share_(_moved(converted.model, place), opened.model)
+    return opened, converted
 
 
 def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -300,12 +320,8 @@ def measure_checkpoint(
     `text` defaults to the held-out part of Python's reference, in-sample to what the model was calibrated on.
     Raises RankgateError if the dense model is not the one that was converted.
     """
-    place = find_device(device)
-    converted = checkpoint.load(directory)
+    opened, converted = open_pair(directory, device, dense=dense)
     origin = converted.provenance
-    opened = open_dense(dense or origin.source, device)
-    if fingerprint(opened.model) != origin.fingerprint:
-        raise RankgateError(f"{opened.name} is not the model that {directory} was converted from; pass --dense MODEL")
     text = text or (origin.calibration_text if in_sample else None) or texts.HELD_OUT
     windows = opened.windows(text, tokens, context)
     overlaps = check_text(windows, origin.hashes, allow=in_sample)
@@ -314,4 +330,4 @@ def measure_checkpoint(
         opened, attention, origin.calibration_text, windows, in_sample=in_sample, progress=progress
     )
     reference = Reference.of(opened, windows, prompts)
-    return reference.compare(_moved(converted.model, place), done, attention=chosen, progress=progress)
+    return reference.compare(converted.model, done, attention=chosen, progress=progress)
