@@ -18,7 +18,6 @@ drafted tokens, too, and must not.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from rankgate.decode import Steps, fast_generate, unsupported
 from rankgate.errors import RankgateError
 
 LONGEST = 16  # run of drafted tokens
@@ -65,14 +65,17 @@ class Statistics:
         """Plain JSON values."""
         return {**vars(self), "acceptance": self.acceptance, "mean_accepted": self.mean_accepted}
 
-    def __str__(self) -> str:
-        if not self.runs:
-            return f"nothing drafted, {self.dense_passes} dense passes for {self.new_tokens} tokens"
-        return (
-            f"acceptance {self.acceptance:.3f}, {self.mean_accepted:.2f} drafted tokens accepted per verification, "
-            f"{self.dense_passes} dense passes for {self.new_tokens} tokens"
-            + (", drafting stopped because it did not pay" if self.stopped else "")
-        )
+
+def describe(record: Mapping[str, Any]) -> str:
+    """A `Statistics.record` in words."""
+    passes = f"{record['dense_passes']} dense passes for {record['new_tokens']} tokens"
+    if not record["runs"]:
+        return f"nothing drafted, {passes}"
+    stopped = ", drafting stopped because it did not pay" if record["stopped"] else ""
+    return (
+        f"acceptance {record['acceptance']:.3f}, {record['mean_accepted']:.2f} drafted tokens accepted per "
+        f"verification, {passes}{stopped}"
+    )
 
 
 @dataclass(frozen=True)
@@ -102,36 +105,39 @@ def best_length(acceptance: float, costs: Costs) -> int:
     return max(range(LONGEST + 1), key=rate)
 
 
-class Reader:
-    """One model and its cache, reading one text; and how long that took."""
+class Timed:
+    """How long reading took at least, in seconds, by the number of tokens read at once: what else happens only adds."""
+
+    def __init__(self) -> None:
+        self.least: dict[int, float] = {}
+
+    def note(self, tokens: int, start: float) -> None:
+        self.least[tokens] = min(time.perf_counter() - start, self.least.get(tokens, float("inf")))
+
+
+class Reader(Timed):
+    """A model and its cache, reading one text by ordinary forward passes."""
 
     def __init__(self, model: PreTrainedModel, kwargs: Mapping[str, Any], cache: DynamicCache) -> None:
+        super().__init__()
         self.model, self.cache = model, cache
         self.kwargs = {k: v for k, v in kwargs.items() if k not in {"past_key_values", "attention_mask"}}
         self.length = 0  # tokens in the cache
-        self.least: dict[int, float] = {}  # seconds, by the number of tokens read at once
 
     def read(self, ids: Tensor) -> Tensor:
-        """Read what is new in `ids` (1, tokens), at once: logits (new, vocabulary), of the prompt only the last row.
-
-        Raises RankgateError if they are not numbers.
-        """
-        start, new = time.perf_counter(), ids.shape[1] - self.length
+        """Read what is new in `ids` (1, tokens), at once: logits (new, vocabulary), of the prompt only the last row."""
+        start, new, first = time.perf_counter(), ids.shape[1] - self.length, self.length == 0
         kwargs = {**self.kwargs, "attention_mask": torch.ones_like(ids), "past_key_values": self.cache}
         if "position_ids" in kwargs:
             kwargs["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
-        first = self.length == 0
         if "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 1 if first else new
         prepare = cast(Any, self.model).prepare_inputs_for_generation
         inputs = prepare(ids, next_sequence_length=new, is_first_iteration=first, **kwargs)
-        logits: Tensor = self.model(**{**inputs, "return_dict": True}).logits[0, -1 if first else -new :]
-        logits = logits.to(torch.float32, copy=True)
-        if bool(logits.isnan().any()):
-            raise RankgateError(f"{type(self.model).__name__} gave scores that are not numbers")
+        logits = _numbers(self.model(**{**inputs, "return_dict": True}).logits[0, -1 if first else -new :])
         self.length = ids.shape[1]
         if not first:
-            self.least[new] = min(time.perf_counter() - start, self.least.get(new, float("inf")))
+            self.note(new, start)
         return logits
 
     def follow(self, ids: Tensor) -> Tensor:
@@ -147,10 +153,44 @@ class Reader:
             self.length = length
 
 
+class Stepper(Timed):
+    """A model that reads one text by captured steps (see `decode`), `prompt` first."""
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.steps = Steps(model, prompt, kwargs)
+        self.steps.prompt()
+
+    def follow(self, ids: Tensor) -> Tensor:
+        """Read what is new in `ids` token by token: the last logits (1, vocabulary)."""
+        threads = torch.get_num_threads()
+        try:
+            for i in range(self.steps.length, ids.shape[1]):
+                start = time.perf_counter()
+                logits = _numbers(self.steps.next(ids[:, i : i + 1]))
+                self.note(1, start)
+        finally:
+            torch.set_num_threads(threads)
+        return logits
+
+    def forget(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if length < self.steps.length:
+            self.steps.rewind(length)
+
+
+def _numbers(logits: Tensor) -> Tensor:
+    """A float32 copy. Raises RankgateError if there is a NaN in it."""
+    logits = logits.to(torch.float32, copy=True)
+    if bool(logits.isnan().any()):
+        raise RankgateError("a model gave scores that are not numbers; drafting and verifying need numbers")
+    return logits
+
+
 class Pace:
     """How many tokens to draft next, by what was accepted and how long it took so far."""
 
-    def __init__(self, dense: Reader, draft: Reader, costs: Costs | None, statistics: Statistics) -> None:
+    def __init__(self, dense: Timed, draft: Timed, costs: Costs | None, statistics: Statistics) -> None:
         self.dense, self.draft, self.given, self.statistics = dense, draft, costs, statistics
         self.accepted = self.refused = 0.0
 
@@ -178,7 +218,7 @@ class Pace:
         return best
 
     def measured(self) -> Costs:
-        """From the least times so far: whatever else the machine does only adds."""
+        """From the least times so far."""
         one = self.dense.least[1]
         several = {tokens: seconds for tokens, seconds in self.dense.least.items() if tokens > 1}
         more = sum(seconds - one for seconds in several.values()) / sum(tokens - 1 for tokens in several)
@@ -216,11 +256,9 @@ class Exact:
         _check(model, self.draft, input_ids, generation_config, model_kwargs)
         self.statistics = statistics = Statistics()
         dense = Reader(model, model_kwargs, model_kwargs["past_key_values"])
-        draft = Reader(self.draft, model_kwargs, DynamicCache(config=self.draft.config))
+        draft = self._reader(input_ids[:, :-1], generation_config, model_kwargs)
         pace = Pace(dense, draft, self.costs, statistics)
         choice = _Choice(logits_processor, bool(generation_config.do_sample))
-        if input_ids.shape[1] > 1:
-            draft.read(input_ids[:, :-1])
         ids, done = input_ids, False
         while not done:
             room = cast(int, generation_config.max_length) - ids.shape[1] - 1
@@ -245,14 +283,26 @@ class Exact:
             streamer.end()
         return ids
 
+    def _reader(self, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Reader | Stepper:
+        """The draft, after the tokens `ids`; captured where `decode` does so, which on a GPU is to be tried yet."""
+        cache = DynamicCache(config=self.draft.config)
+        kwargs = {**kwargs, "past_key_values": cache, "attention_mask": torch.ones_like(ids)}
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"][:, :-1]
+        if ids.shape[1] and ids.device.type == "cpu" and unsupported(self.draft, ids, config, kwargs) is None:
+            return Stepper(self.draft, ids, kwargs)
+        reader = Reader(self.draft, kwargs, cache)
+        if ids.shape[1]:
+            reader.read(ids)
+        return reader
+
 
 def exact_generate(
     model: PreTrainedModel, draft: PreTrainedModel, input_ids: Tensor, *, costs: Costs | None = None, **kwargs: Any
 ) -> tuple[Tensor, Statistics]:
-    """`model.generate(input_ids, **kwargs)` in exact mode, streamers included, which generate() keeps to itself."""
+    """`model.generate(input_ids, **kwargs)` in exact mode, streamers included."""
     loop = Exact(draft, costs)
-    custom = functools.partial(loop, streamer=kwargs.get("streamer"))
-    return cast(Any, model).generate(input_ids, custom_generate=custom, **kwargs), loop.statistics
+    return fast_generate(model, input_ids, loop=loop, **kwargs), loop.statistics
 
 
 class _Choice:
