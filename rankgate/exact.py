@@ -80,27 +80,26 @@ def describe(record: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Costs:
-    """Time of a draft's step, and of each further token in a dense pass; a dense pass over one token is 1."""
+    """Time of a draft's step, and of a dense pass over several tokens, however many; one over a single token is 1."""
 
     draft: float
-    further: float = 0.0
+    several: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.draft < float("inf") and 0 <= self.further < float("inf")):
-            raise RankgateError(f"costs of {self.draft} and {self.further} are out of range; they are finite and >= 0")
+        if not (0 <= self.draft < float("inf") and 0 < self.several < float("inf")):
+            raise RankgateError(f"costs of {self.draft} and {self.several} are out of range; they are times")
 
 
 def best_length(acceptance: float, costs: Costs) -> int:
     """The length 0…LONGEST of drafted runs that gives the most tokens per time; 0: plain steps are at least as fast.
 
     With n drafted tokens, each accepted with probability a if the one before was, a round gives 1 + a + … + aⁿ tokens.
-    It takes n steps of the draft, one more to catch up if all were accepted, and a dense pass over n + 1 tokens.
+    It takes n steps of the draft, one more to catch up if all were accepted, and a dense pass.
     """
 
     def rate(n: int) -> float:
         tokens = sum(acceptance**i for i in range(n + 1))
-        steps = n + acceptance**n if n else 0
-        return tokens / (steps * costs.draft + 1 + n * costs.further)
+        return tokens / ((n + acceptance**n) * costs.draft + costs.several) if n else 1.0
 
     return max(range(LONGEST + 1), key=rate)
 
@@ -219,10 +218,8 @@ class Pace:
 
     def measured(self) -> Costs:
         """From the least times so far."""
-        one = self.dense.least[1]
-        several = {tokens: seconds for tokens, seconds in self.dense.least.items() if tokens > 1}
-        more = sum(seconds - one for seconds in several.values()) / sum(tokens - 1 for tokens in several)
-        return Costs(self.draft.least[1] / one, max(0.0, more / one))
+        several = max(seconds for tokens, seconds in self.dense.least.items() if tokens > 1)
+        return Costs(self.draft.least[1] / self.dense.least[1], several / self.dense.least[1])
 
 
 class Exact:
