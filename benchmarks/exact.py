@@ -3,8 +3,8 @@
     python benchmarks/exact.py ../shared/data/wikitext-2
 
 WikiText-2 test, 50 prompts of 32 tokens, 128 new ones, greedy. On each prompt dense `generate()` and exact mode with
-every draft take turns, timed; what is reported is the share of identical texts, what was accepted, and how many times as
-fast as dense the median text was written. `lrq` is calibrated on WikiText-2 valid. The file is written after every
+every draft take turns, timed; what is reported is the share of identical texts, what was accepted, and how many times
+as fast as dense the median text was written. `lrq` is calibrated on WikiText-2 valid. The file is written after every
 prompt. An hour on two cores that do nothing else.
 """
 
