@@ -120,14 +120,16 @@ class Reader(Timed):
     def __init__(self, model: PreTrainedModel, kwargs: Mapping[str, Any], cache: DynamicCache) -> None:
         super().__init__()
         self.model, self.cache = model, cache
-        self.kwargs = {k: v for k, v in kwargs.items() if k not in {"past_key_values", "attention_mask"}}
+        self.kwargs = {**kwargs, "past_key_values": cache}
         self.length = 0  # tokens in the cache
 
     def read(self, ids: Tensor) -> Tensor:
         """Read what is new in `ids` (1, tokens), at once: logits (new, vocabulary), of the prompt only the last row."""
         start, new, first = time.perf_counter(), ids.shape[1] - self.length, self.length == 0
-        kwargs = {**self.kwargs, "attention_mask": torch.ones_like(ids), "past_key_values": self.cache}
-        if "position_ids" in kwargs:
+        kwargs = {**self.kwargs}
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = torch.ones_like(ids)
+        if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
         if "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 1 if first else new
@@ -218,7 +220,7 @@ class Pace:
 
     def measured(self) -> Costs:
         """From the least times so far."""
-        several = max(seconds for tokens, seconds in self.dense.least.items() if tokens > 1)
+        several = min(seconds for tokens, seconds in self.dense.least.items() if tokens > 1)
         return Costs(self.draft.least[1] / self.dense.least[1], several / self.dense.least[1])
 
 
@@ -283,9 +285,12 @@ class Exact:
     def _reader(self, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Reader | Stepper:
         """The draft, after the tokens `ids`; captured where `decode` does so, which on a GPU is to be tried yet."""
         cache = DynamicCache(config=self.draft.config)
-        kwargs = {**kwargs, "past_key_values": cache, "attention_mask": torch.ones_like(ids)}
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"][:, :-1]
+        kwargs = {**kwargs, "past_key_values": cache}
+        kwargs |= {
+            name: kwargs[name][:, :-1]
+            for name in ("attention_mask", "position_ids")
+            if torch.is_tensor(kwargs.get(name))
+        }
         if ids.shape[1] and ids.device.type == "cpu" and unsupported(self.draft, ids, config, kwargs) is None:
             return Stepper(self.draft, ids, kwargs)
         reader = Reader(self.draft, kwargs, cache)
