@@ -35,11 +35,12 @@ import torch
 from transformers import PreTrainedModel
 
 from rankgate import texts
-from rankgate.decode import fast_generate
+from rankgate.decode import decode, fast_generate
 from rankgate.errors import RankgateError
+from rankgate.exact import Exact
 from rankgate.gates import record_gates
 from rankgate.groups import linears
-from rankgate.pipeline import open_any
+from rankgate.pipeline import open_any, open_pair
 from rankgate.progress import track
 from rankgate.quantized import GROUP
 from rankgate.reads import weight_reads
@@ -53,8 +54,9 @@ TORCHAO = ("int8", "int4")
 class Subject:
     """What to measure: a dense model or a converted directory, and how it is run.
 
-    loop: "generate" (transformers) or "decode" (ours).  torchao: weight-only "int8" or "int4", None for neither;
-    compiled: with a static cache and torch.compile.
+    loop: "generate" (transformers), "decode" (ours) or "exact" (a converted directory drafts, its dense model decides).
+    torchao: weight-only "int8" or "int4", None for neither; compiled: with a static cache and torch.compile.
+    against: the dense model of an exact pair, None for the recorded one.
     """
 
     model: str
@@ -62,6 +64,7 @@ class Subject:
     dtype: str | None = None
     torchao: str | None = None
     compiled: bool = False
+    against: str | None = None
 
     @property
     def name(self) -> str:
@@ -91,7 +94,12 @@ class Runner:
 
     def __init__(self, subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
         self.subject, self.new_tokens = subject, new_tokens
-        opened = open_any(subject.model)
+        self.exact: Exact | None = None
+        if subject.loop == "exact":
+            opened, converted = open_pair(subject.model, dense=subject.against)
+            self.exact = Exact(converted.model)
+        else:
+            opened = open_any(subject.model)
         model = opened.model
         if subject.dtype is not None:
             model.to(getattr(torch, subject.dtype))
@@ -107,7 +115,9 @@ class Runner:
         self.long = opened.windows(texts.HELD_OUT, length, length)
         self.prompt = self.long[:, :prompt_tokens]
         self.options: dict[str, Any] = {"do_sample": False, "pad_token_id": opened.tokenizer.pad_token_id or 0}
-        self.generate: Any = model.generate if subject.loop == "generate" else partial(fast_generate, model)
+        self.generate: Any = model.generate
+        if subject.loop != "generate":
+            self.generate = partial(fast_generate, model, loop=self.exact or decode)
         if subject.compiled:
             self.options["cache_implementation"] = "static"
             model.forward = torch.compile(model.forward)
@@ -127,15 +137,16 @@ class Runner:
             self.model(input_ids=self.long, use_cache=False, logits_to_keep=1)
         return {**figures, "prefill_tok_s": self.long.numel() / (time.perf_counter() - start)}
 
-    def facts(self) -> dict[str, float | None]:
-        """What does not change from round to round."""
+    def facts(self) -> dict[str, Any]:
+        """What does not change from round to round, and what the last one's drafts came to in exact mode."""
         bytes_per_token = None
-        if self.subject.torchao is None:
+        if self.subject.torchao is None and self.exact is None:
             with record_gates(self.model) as gates, torch.inference_mode():
                 self.model(input_ids=self.long, use_cache=False, logits_to_keep=1)
             reads = weight_reads(self.model, gates)
             bytes_per_token = reads.converted + reads.other
-        return {"bytes_per_token": bytes_per_token, "peak_memory_bytes": peak_memory(), "warm_up_s": self.warm_up_s}
+        facts = {"bytes_per_token": bytes_per_token, "peak_memory_bytes": peak_memory(), "warm_up_s": self.warm_up_s}
+        return facts if self.exact is None else {**facts, "exact": self.exact.statistics.record()}
 
     def _generate(self, ids: torch.Tensor, count: int, clock: Clock) -> None:
         length = {"max_new_tokens": count, "min_new_tokens": count}
@@ -223,14 +234,15 @@ def copy_ceiling(repeats: int = 5) -> float:
     return 2 * COPY_BYTES / min(seconds)
 
 
-def subjects_for(models: Sequence[str], against: str, *, torchao: bool) -> list[Subject]:
-    """Dense in float32 and bfloat16, torchao if wanted, and each of `models` through both loops."""
+def subjects_for(models: Sequence[str], against: str, *, torchao: bool, exact: bool = False) -> list[Subject]:
+    """Dense in float32 and bfloat16, torchao if wanted, each of `models` through both loops and, if wanted, exact."""
     subjects = [Subject(against, "generate", dtype) for dtype in ("float32", "bfloat16")]
     if torchao:
         subjects += [
             Subject(against, "generate", "bfloat16", kind, compiled) for kind in TORCHAO for compiled in (False, True)
         ]
-    return subjects + [Subject(model, loop) for model in models for loop in ("generate", "decode")]
+    subjects += [Subject(model, loop) for model in models for loop in ("generate", "decode")]
+    return subjects + [Subject(model, "exact", against=against) for model in models if exact]
 
 
 def bench(

@@ -14,8 +14,10 @@ from rankgate.options import (
     add_attention,
     add_calibration,
     add_device,
+    add_exact,
     add_method,
     add_selection,
+    add_subjects,
     add_tasks,
     add_texts,
     natural,
@@ -91,17 +93,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--prompts", type=natural, default=8, metavar="N", help="prompts to continue (default: 8)")
 
     bench = verb("bench", commands.bench, "Tokens per second, bytes and memory at batch 1, side by side with dense.")
-    bench.add_argument("models", nargs="+", metavar="MODEL_OR_DIR")
-    bench.add_argument("--against", metavar="MODEL", help="dense model to compare with (default: as recorded in DIR)")
+    add_subjects(bench)
     bench.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="default: 64")
     bench.add_argument("-n", type=positive, default=128, metavar="N", help="new tokens (default: 128)")
     bench.add_argument("--rounds", type=positive, default=5, metavar="N", help="measurements of each (default: 5)")
-    bench.add_argument("--torchao", action="store_true", help="also torchao int8 and int4, eager and compiled")
 
     generate = verb("generate", commands.generate, "Continue a prompt, streaming the text (greedy).")
     generate.add_argument("model", metavar="MODEL_OR_DIR")
     generate.add_argument("prompt")
     generate.add_argument("-n", type=positive, default=100, metavar="N", help="new tokens (default: 100)")
+    add_exact(generate)
     add_device(generate)
     return parser
 

@@ -278,12 +278,15 @@ def evaluate_tasks(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     from rankgate import checkpoint
     from rankgate.bench import HEADERS, bench, subjects_for, table
+    from rankgate.exact import describe
 
     converted = [name for name in arguments.models if checkpoint.is_checkpoint(name)]
     against = arguments.against or (checkpoint.source_of(converted[0]) if converted else arguments.models[0])
     models = [name for name in arguments.models if name != against or len(arguments.models) == 1]
+    if arguments.exact and (dense := [name for name in models if name not in converted]):
+        raise RankgateError(f"--exact takes converted models; {dense[0]} is none")
     report = bench(
-        subjects_for(models, against, torchao=arguments.torchao),
+        subjects_for(models, against, torchao=arguments.torchao, exact=arguments.exact),
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.n,
         rounds=arguments.rounds,
@@ -295,6 +298,9 @@ def bench(arguments: argparse.Namespace) -> None:
         f"in turn, {report['threads']} threads; a plain copy moves {report['copy_bytes_per_s'] / 1e9:.1f} GB/s; bytes "
         "are modelled from stored sizes and measured gates"
     )
+    for row in report["rows"]:
+        if row["loop"] == "exact":
+            print(f"{row['name']}: {describe(row['exact'])}")
     finish(arguments, report)
 
 
@@ -303,24 +309,35 @@ def generate(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from rankgate.decode import fast_generate
-    from rankgate.pipeline import open_any
+    from rankgate.exact import describe, exact_generate
+    from rankgate.pipeline import open_any, open_pair
 
+    if arguments.dense and not arguments.exact:
+        raise RankgateError("--dense belongs to --exact")
     say(f"loading {arguments.model}")
-    model = open_any(arguments.model, arguments.device)
+    if arguments.exact:
+        model, converted = open_pair(arguments.model, arguments.device, dense=arguments.dense)
+    else:
+        model = open_any(arguments.model, arguments.device)
     tokenizer = model.tokenizer
     prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids.to(model.model.device)
     if prompt.shape[1] == 0:
         raise RankgateError("the prompt is empty; write the beginning of a text")
-    streamer = None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True)
-    out = fast_generate(
-        model.model,
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=arguments.n,
-        do_sample=False,
-        streamer=streamer,
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )
+    options = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": arguments.n,
+        "do_sample": False,
+        "streamer": None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True),
+        "pad_token_id": tokenizer.pad_token_id or 0,
+    }
+    record: dict[str, Any] = {"prompt": arguments.prompt}
+    if arguments.exact:
+        out, statistics = exact_generate(model.model, converted.model, prompt, **options)
+        record |= {"exact": statistics.record()}
+    else:
+        out = fast_generate(model.model, prompt, **options)
     new = out[0, prompt.shape[1] :]
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    finish(arguments, {"prompt": arguments.prompt, "text": text, "new_tokens": len(new)})
+    record |= {"text": tokenizer.decode(new, skip_special_tokens=True), "new_tokens": len(new)}
+    if arguments.exact:
+        print(describe(record["exact"]))
+    finish(arguments, record)

@@ -167,3 +167,16 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` whose modules are its own and whose tensors are shared: dense and converted side by side."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def share_(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Give `model`, converted from `dense`, its tensors where both have the same: embeddings, norms, dense layers."""
+    originals = dict(dense.named_modules())
+    for name, module in model.named_modules():
+        if (original := originals.get(name)) is None:
+            continue
+        for own, theirs in ((module._parameters, original._parameters), (module._buffers, original._buffers)):
+            for leaf, tensor in own.items():
+                other = theirs.get(leaf)
+                if tensor is not None and other is not None and tensor.dtype == other.dtype and tensor.equal(other):
+                    own[leaf] = other

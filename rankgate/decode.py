@@ -22,6 +22,7 @@ import logging
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -105,7 +106,7 @@ def decode(
         raise RankgateError(f"the fast loop has no {mode.value}: call generate() without custom_generate")
     if streamer is not None and method != "_sample":
         raise RankgateError("a streamer cannot follow several beams: leave out streamer, or num_beams")
-    reason = _unsupported(model, input_ids, generation_config, model_kwargs)
+    reason = unsupported(model, input_ids, generation_config, model_kwargs)
     if method != "_sample" or synced_gpus or reason is not None:
         if reason is not None:
             _explain(model, reason)
@@ -124,7 +125,7 @@ def decode(
     try:
         with torch.no_grad():
             input_ids = _loop(
-                _Steps(model, input_ids, model_kwargs),
+                Steps(model, input_ids, model_kwargs),
                 input_ids,
                 logits_processor,
                 stopping_criteria,
@@ -139,7 +140,7 @@ def decode(
 
 
 def _loop(
-    steps: _Steps,
+    steps: Steps,
     ids: Tensor,
     process: LogitsProcessorList,
     stop: StoppingCriteriaList,
@@ -184,13 +185,15 @@ class _News:
         return self.tensors
 
 
-def fast_generate(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
-    """`model.generate(input_ids, **kwargs)` with the fast loop, streamers included."""
-    loop = functools.partial(decode, streamer=kwargs.get("streamer"))
-    return cast(Any, model).generate(input_ids, custom_generate=loop, **kwargs)
+def fast_generate(
+    model: PreTrainedModel, input_ids: Tensor, *, loop: Callable[..., Any] = decode, **kwargs: Any
+) -> Any:
+    """`model.generate(input_ids, **kwargs)` with the fast loop or another one, streamers included."""
+    custom = functools.partial(loop, streamer=kwargs.get("streamer"))
+    return cast(Any, model).generate(input_ids, custom_generate=custom, **kwargs)
 
 
-def _unsupported(
+def unsupported(
     model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
 ) -> str | None:
     """Why this call is left to the model, or None."""
@@ -254,7 +257,7 @@ def _failed(model: nn.Module) -> bool:
     return key is not None and capture is None and bool(key[0] == _fingerprint(model))
 
 
-class _Steps:
+class Steps:
     """The prompt, then one token after the other, of one sequence: logits (1, vocabulary) each."""
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
@@ -300,6 +303,13 @@ class _Steps:
                 return logits
             self.capture = known[1]
         return self._forward(token) if self.capture is None else self._replay(token, self.capture)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = length
+        self.position.fill_(length - 1)
+        for layer in self.layers:
+            layer.length = length
 
     def _forward(self, ids: Tensor) -> Tensor:
         logits: Tensor = self.model(**{**self.inputs, "input_ids": ids}).logits[:, -1]

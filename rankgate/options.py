@@ -138,6 +138,18 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
 
 
+def add_exact(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--exact", action="store_true", help="the dense model's text: the converted DIR only drafts")
+    parser.add_argument("--dense", metavar="MODEL", help="dense model for --exact (default: as recorded in DIR)")
+
+
+def add_subjects(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL_OR_DIR")
+    parser.add_argument("--against", metavar="MODEL", help="dense model to compare with (default: as recorded in DIR)")
+    parser.add_argument("--exact", action="store_true", help="also each DIR as a draft that its dense model verifies")
+    parser.add_argument("--torchao", action="store_true", help="also torchao int8 and int4, eager and compiled")
+
+
 def rank(text: str) -> int | float:
     try:
         return float(text) if any(mark in text for mark in ".eE") else int(text)

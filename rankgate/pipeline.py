@@ -18,7 +18,7 @@ from rankgate.attention.attend import AttentionConfig, select_tokens_
 from rankgate.attention.heads import check_share, try_heads
 from rankgate.calibration import Stats, calibrate, fingerprint
 from rankgate.checkpoint import Provenance
-from rankgate.convert import LayerReport, convert_, twin
+from rankgate.convert import LayerReport, convert_, share_, twin
 from rankgate.errors import RankgateError
 from rankgate.evaluation import Evaluation, TextComparison, compare_text, continuations, evaluate
 from rankgate.methods import Method
@@ -81,6 +81,29 @@ def open_any(name: str, device: str | None = "cpu") -> Opened:
     place = find_device(device)
     converted = checkpoint.load(name)
     return Opened(name, _moved(converted.model, place), converted.tokenizer)
+
+
+def open_pair(
+    directory: str, device: str | None = "cpu", *, dense: str | None = None
+) -> tuple[Opened, checkpoint.Checkpoint]:
+    """A converted model and `dense`, by default the one that it was converted from, which share what both have.
+
+    Raises RankgateError if `directory` is no converted model, or if the dense model is another one or not known.
+    """
+    if not checkpoint.is_checkpoint(directory):
+        raise RankgateError(f"{directory} is not a converted model; give a directory that rankgate convert wrote")
+    place = find_device(device)
+    converted = checkpoint.load(directory)
+    origin = converted.provenance
+    if origin is None and dense is None:
+        raise RankgateError(f"{directory} does not say what it was converted from; name it (--dense, --against)")
+    opened = open_dense(dense or (origin.source if origin else ""), device)
+    if origin and fingerprint(opened.model) != origin.fingerprint:
+        raise RankgateError(
+            f"{opened.name} is not the model that {directory} was converted from; name that one (--dense, --against)"
+        )
+    share_(_moved(converted.model, place), opened.model)
+    return opened, converted
 
 
 def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -300,18 +323,12 @@ def measure_checkpoint(
     `text` defaults to the held-out part of Python's reference, in-sample to what the model was calibrated on.
     Raises RankgateError if the dense model is not the one that was converted, or is neither given nor recorded.
     """
-    place = find_device(device)
-    converted = checkpoint.load(directory)
+    opened, converted = open_pair(directory, device, dense=dense)
     origin = converted.provenance
-    if origin is None and dense is None:
-        raise RankgateError(f"{directory} does not say what it was converted from; pass --dense MODEL")
-    opened = open_dense(dense or (origin.source if origin else ""), device)
-    if origin and fingerprint(opened.model) != origin.fingerprint:
-        raise RankgateError(f"{opened.name} is not the model that {directory} was converted from; pass --dense MODEL")
     calibrated_on = origin.calibration_text if origin else None
     windows = opened.windows(text or (calibrated_on if in_sample else None) or texts.HELD_OUT, tokens, context)
     overlaps = origin is not None and check_text(windows, origin.hashes, allow=in_sample)
     done = Conversion(converted.method, converted.layers, origin.calibration_tokens if origin else 0, overlaps)
     chosen = attention_config(opened, attention, calibrated_on, windows, in_sample=in_sample, progress=progress)
     reference = Reference.of(opened, windows, prompts)
-    return reference.compare(_moved(converted.model, place), done, attention=chosen, progress=progress)
+    return reference.compare(converted.model, done, attention=chosen, progress=progress)

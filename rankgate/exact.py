@@ -1,0 +1,379 @@
+"""Exact mode: the converted model drafts, the dense model verifies, and the text is the dense model's.
+
+    draft       the converted model writes some tokens ahead, one after the other
+    verify      the dense model reads them all in one pass, which costs little more than reading one: the weights are
+                what takes the time
+    accept      a drafted x with probability min(1, p(x) / q(x)), p the dense model's distribution, q the draft's, both
+                after generate()'s logits processors; at the first refusal a token from the positive part of p − q, and
+                after a run without one another token from p (Leviathan, Kalman and Matias, 2023)
+
+What is promised. Sampling: every token has the distribution of the dense model, whatever the draft is; not the tokens
+that the dense model would have drawn from the same seed. Greedy: the text of dense greedy decoding. Both hold up to
+rounding: a pass over several tokens may round otherwise than one over a single token, so where two tokens' scores lie
+within that of each other (about 1e-5 in float32) the other one may be taken, as with another version of a library. In
+bfloat16, whose scores often tie, this happens in longer texts; see `benchmarks/exact.py` for how often.
+Logits processors and stopping criteria see every token in turn; processors that keep a state of their own would see
+drafted tokens, too, and must not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import FloatTensor, LongTensor, Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from rankgate.decode import Steps, fast_generate, unsupported
+from rankgate.errors import RankgateError
+
+LONGEST = 16  # run of drafted tokens
+FIRST = 4  # length of a run while little is known
+TRIALS = 3  # runs of that length; the first may compile kernels
+PLAIN = 2  # dense passes over one token, to know their time
+FORGET = 0.98  # weight of a verdict for each one that follows: about the last fifty count
+
+
+@dataclass
+class Statistics:
+    """What happened to the drafts of one text."""
+
+    new_tokens: int = 0
+    drafted: int = 0
+    checked: int = 0  # drafted tokens that were accepted or refused; what follows a refusal, or the end, is neither
+    accepted: int = 0
+    runs: int = 0  # verifications of at least one drafted token
+    dense_passes: int = 0  # verifications, steps without a draft, and the prompt
+    stopped: bool = False  # whether drafting was given up because it did not pay
+
+    @property
+    def acceptance(self) -> float | None:
+        return self.accepted / self.checked if self.checked else None
+
+    @property
+    def mean_accepted(self) -> float | None:
+        """Drafted tokens accepted per verification."""
+        return self.accepted / self.runs if self.runs else None
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**vars(self), "acceptance": self.acceptance, "mean_accepted": self.mean_accepted}
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """A `Statistics.record` in words."""
+    passes = f"{record['dense_passes']} dense passes for {record['new_tokens']} tokens"
+    if not record["runs"]:
+        return f"nothing drafted, {passes}"
+    stopped = ", drafting stopped because it did not pay" if record["stopped"] else ""
+    return (
+        f"acceptance {record['acceptance']:.3f}, {record['mean_accepted']:.2f} drafted tokens accepted per "
+        f"verification, {passes}{stopped}"
+    )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Time of a draft's step, and of a dense pass over several tokens, however many; one over a single token is 1."""
+
+    draft: float
+    several: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.draft < float("inf") and 0 < self.several < float("inf")):
+            raise RankgateError(f"costs of {self.draft} and {self.several} are out of range; they are times")
+
+
+def best_length(acceptance: float, costs: Costs) -> int:
+    """The length 0…LONGEST of drafted runs that gives the most tokens per time; 0: plain steps are at least as fast.
+
+    With n drafted tokens, each accepted with probability a if the one before was, a round gives 1 + a + … + aⁿ tokens.
+    It takes n steps of the draft, one more to catch up if all were accepted, and a dense pass.
+    """
+
+    def rate(n: int) -> float:
+        tokens = sum(acceptance**i for i in range(n + 1))
+        return tokens / ((n + acceptance**n) * costs.draft + costs.several) if n else 1.0
+
+    return max(range(LONGEST + 1), key=rate)
+
+
+class Timed:
+    """How long reading took at least, in seconds, by the number of tokens read at once: what else happens only adds."""
+
+    def __init__(self) -> None:
+        self.least: dict[int, float] = {}
+
+    def note(self, tokens: int, start: float) -> None:
+        self.least[tokens] = min(time.perf_counter() - start, self.least.get(tokens, float("inf")))
+
+
+class Reader(Timed):
+    """A model and its cache, reading one text by ordinary forward passes."""
+
+    def __init__(self, model: PreTrainedModel, kwargs: Mapping[str, Any], cache: DynamicCache) -> None:
+        super().__init__()
+        self.model, self.cache = model, cache
+        self.kwargs = {**kwargs, "past_key_values": cache}
+        self.length = 0  # tokens in the cache
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Read what is new in `ids` (1, tokens), at once: logits (new, vocabulary), of the prompt only the last row."""
+        start, new, first = time.perf_counter(), ids.shape[1] - self.length, self.length == 0
+        kwargs = {**self.kwargs}
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = torch.ones_like(ids)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
+        if "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = 1 if first else new
+        prepare = cast(Any, self.model).prepare_inputs_for_generation
+        inputs = prepare(ids, next_sequence_length=new, is_first_iteration=first, **kwargs)
+        logits = _numbers(self.model(**{**inputs, "return_dict": True}).logits[0, -1 if first else -new :])
+        self.length = ids.shape[1]
+        if not first:
+            self.note(new, start)
+        return logits
+
+    def follow(self, ids: Tensor) -> Tensor:
+        """Read what is new in `ids` token by token, as kernels for one token have it: the last logits (1, vocab)."""
+        for end in range(self.length + 1, ids.shape[1] + 1):
+            logits = self.read(ids[:, :end])
+        return logits
+
+    def forget(self, length: int) -> None:
+        """Drop from the cache all but the first `length` tokens."""
+        if length < self.length:
+            self.cache.crop(length - self.length)
+            self.length = length
+
+
+class Stepper(Timed):
+    """A model that reads one text by captured steps (see `decode`), `prompt` first."""
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.steps = Steps(model, prompt, kwargs)
+        self.steps.prompt()
+
+    def follow(self, ids: Tensor) -> Tensor:
+        """Read what is new in `ids` token by token: the last logits (1, vocabulary)."""
+        threads = torch.get_num_threads()
+        try:
+            for i in range(self.steps.length, ids.shape[1]):
+                start = time.perf_counter()
+                logits = _numbers(self.steps.next(ids[:, i : i + 1]))
+                self.note(1, start)
+        finally:
+            torch.set_num_threads(threads)
+        return logits
+
+    def forget(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if length < self.steps.length:
+            self.steps.rewind(length)
+
+
+def _numbers(logits: Tensor) -> Tensor:
+    """A float32 copy. Raises RankgateError if there is a NaN in it."""
+    logits = logits.to(torch.float32, copy=True)
+    if bool(logits.isnan().any()):
+        raise RankgateError("a model gave scores that are not numbers; drafting and verifying need numbers")
+    return logits
+
+
+class Pace:
+    """How many tokens to draft next, by what was accepted and how long it took so far."""
+
+    def __init__(self, dense: Timed, draft: Timed, costs: Costs | None, statistics: Statistics) -> None:
+        self.dense, self.draft, self.given, self.statistics = dense, draft, costs, statistics
+        self.accepted = self.refused = 0.0
+
+    def note(self, drafted: int, accepted: int, *, refused: bool) -> None:
+        """A dense pass is through: the first of the drafted tokens were accepted, and then one refused or not."""
+        seen = self.statistics
+        seen.dense_passes += 1
+        seen.runs += drafted > 0
+        seen.drafted += drafted
+        seen.accepted += accepted
+        seen.checked += accepted + refused
+        fade = FORGET ** (accepted + refused)
+        self.accepted, self.refused = self.accepted * fade + accepted, self.refused * fade + refused
+
+    def next(self) -> int:
+        if self.statistics.stopped:
+            return 0
+        if self.given is None and self.statistics.dense_passes <= PLAIN:
+            return 0
+        if self.statistics.runs < TRIALS:
+            return FIRST
+        acceptance = (self.accepted + 1) / (self.accepted + self.refused + 2)
+        best = best_length(acceptance, self.given or self.measured())
+        self.statistics.stopped = best == 0
+        return best
+
+    def measured(self) -> Costs:
+        """From the least times so far."""
+        several = min(seconds for tokens, seconds in self.dense.least.items() if tokens > 1)
+        return Costs(self.draft.least[1] / self.dense.least[1], several / self.dense.least[1])
+
+
+class Exact:
+    """A loop for generate(): `dense.generate(..., custom_generate=Exact(draft))`; then `statistics` is of that text.
+
+    draft: the converted model, on the device of the dense one and with its vocabulary; see `pipeline.open_pair`.
+    costs: by default measured. With given ones the same seed draws the same text again.
+    """
+
+    def __init__(self, draft: PreTrainedModel, costs: Costs | None = None) -> None:
+        self.draft, self.costs = draft, costs
+        self.statistics = Statistics()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """The prompt and what follows it (1, tokens); generate() calls this, see there.
+
+        Raises RankgateError for what exact mode does not have: more than one sequence, beams, padding, caches other
+        than the plain dynamic one, dictionaries as results; and for a draft that is not of the model's kind.
+        """
+        _check(model, self.draft, input_ids, generation_config, model_kwargs)
+        self.statistics = statistics = Statistics()
+        dense = Reader(model, model_kwargs, model_kwargs["past_key_values"])
+        draft = self._reader(input_ids[:, :-1], generation_config, model_kwargs)
+        pace = Pace(dense, draft, self.costs, statistics)
+        choice = _Choice(logits_processor, bool(generation_config.do_sample))
+        ids, done = input_ids, False
+        while not done:
+            room = cast(int, generation_config.max_length) - ids.shape[1] - 1
+            ahead, beliefs = ids, []
+            for _ in range(min(pace.next(), room) if dense.length else 0):
+                beliefs.append(choice.probabilities(ahead, draft.follow(ahead)))
+                ahead = torch.cat([ahead, choice.draw(beliefs[-1])], dim=-1)
+            accepted, drafted = 0, True
+            for token, drafted in _verified(choice, ids, ahead, beliefs, dense.read(ahead)):
+                accepted += drafted
+                ids = torch.cat([ids, token], dim=-1)
+                if streamer is not None:
+                    streamer.put(token[0].cpu())
+                done = bool(stopping_criteria(cast(LongTensor, ids), cast(Any, None)).all())
+                if done:
+                    break
+            pace.note(len(beliefs), accepted, refused=not drafted and accepted < len(beliefs))
+            for reader in (dense, draft):
+                reader.forget(ids.shape[1] - 1)
+        statistics.new_tokens = ids.shape[1] - input_ids.shape[1]
+        if streamer is not None:
+            streamer.end()
+        return ids
+
+    def _reader(self, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Reader | Stepper:
+        """The draft, after the tokens `ids`; captured where `decode` does so, which on a GPU is to be tried yet."""
+        cache = DynamicCache(config=self.draft.config)
+        kwargs = {**kwargs, "past_key_values": cache}
+        kwargs |= {
+            name: kwargs[name][:, :-1]
+            for name in ("attention_mask", "position_ids")
+            if torch.is_tensor(kwargs.get(name))
+        }
+        if ids.shape[1] and ids.device.type == "cpu" and unsupported(self.draft, ids, config, kwargs) is None:
+            return Stepper(self.draft, ids, kwargs)
+        reader = Reader(self.draft, kwargs, cache)
+        if ids.shape[1]:
+            reader.read(ids)
+        return reader
+
+
+def exact_generate(
+    model: PreTrainedModel, draft: PreTrainedModel, input_ids: Tensor, *, costs: Costs | None = None, **kwargs: Any
+) -> tuple[Tensor, Statistics]:
+    """`model.generate(input_ids, **kwargs)` in exact mode, streamers included."""
+    loop = Exact(draft, costs)
+    return fast_generate(model, input_ids, loop=loop, **kwargs), loop.statistics
+
+
+class _Choice:
+    """How generate() chooses a token: greedily, which is a distribution on one token here, or by sampling."""
+
+    def __init__(self, process: LogitsProcessorList, sample: bool) -> None:
+        self.process, self.sample = process, sample
+
+    def probabilities(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Of the token after `ids` (1, tokens), from its logits (1, vocabulary)."""
+        scores = self.process(cast(LongTensor, ids), cast(FloatTensor, logits))
+        if self.sample:
+            return scores.softmax(dim=-1)
+        return torch.zeros_like(scores).scatter_(1, scores.argmax(dim=-1, keepdim=True), 1)
+
+    def draw(self, probabilities: Tensor) -> Tensor:
+        """A token (1, 1)."""
+        if self.sample:
+            return torch.multinomial(probabilities, num_samples=1)
+        return probabilities.argmax(dim=-1, keepdim=True)
+
+    def accepts(self, p: Tensor, q: Tensor, token: Tensor) -> bool:
+        """Whether `token`, drawn from q, may stand for one that is drawn from p."""
+        ratio = float(p[0, token[0, 0]] / q[0, token[0, 0]])
+        return ratio >= 1 or (self.sample and float(torch.rand(())) < ratio)
+
+
+def _verified(
+    choice: _Choice, ids: Tensor, ahead: Tensor, beliefs: list[Tensor], logits: Tensor
+) -> Iterator[tuple[Tensor, bool]]:
+    """The tokens (1, 1) that follow `ids`, and whether they were drafted; the one that was not is the last.
+
+    ahead: `ids` and what was drafted, from the distributions `beliefs`; logits: the dense model's, and one row more.
+    """
+    for q, row in zip([*beliefs, None], logits, strict=True):
+        p = choice.probabilities(ids, row[None])
+        if q is not None:
+            token = ahead[:, ids.shape[1] : ids.shape[1] + 1]
+            if choice.accepts(p, q, token):
+                ids = torch.cat([ids, token], dim=-1)
+                yield token, True
+                continue
+            excess = (p - q).clamp_min(0)
+            p = excess if bool(excess.any()) else p  # nothing but rounding tells them apart
+        yield choice.draw(p), False
+        return
+
+
+def _check(
+    model: PreTrainedModel, draft: PreTrainedModel, ids: Tensor, config: GenerationConfig, kwargs: Mapping[str, Any]
+) -> None:
+    """Raise RankgateError for what exact mode does not have."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    reasons = {
+        "more than one sequence": ids.shape[0] != 1,
+        "beams, or other ways of searching": config.get_generation_mode()
+        not in {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE},
+        "several answers": config.num_return_sequences != 1,
+        "padding": mask is not None and (mask.shape != ids.shape or not bool((mask == 1).all())),
+        "an encoder": model.config.is_encoder_decoder,
+        "a dictionary as result": config.return_dict_in_generate,
+        "a cache other than a plain, empty, dynamic one": type(cache) is not DynamicCache
+        or any(type(layer) is not DynamicLayer or layer.get_seq_length() for layer in cache.layers)
+        or not kwargs.get("use_cache"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise RankgateError(f"exact mode does not have {reason}; call generate() without it")
+    if type(draft) is not type(model) or draft.config.vocab_size != model.config.vocab_size:
+        raise RankgateError("the draft is not a conversion of this dense model: architecture or vocabulary differ")
+    if draft.device != model.device:
+        raise RankgateError(f"the draft is on {draft.device}, the dense model on {model.device}; move one of them")
