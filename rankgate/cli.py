@@ -16,9 +16,11 @@ from rankgate.options import (
     add_device,
     add_method,
     add_selection,
+    add_serving,
     add_texts,
     natural,
     positive,
+    temperature,
 )
 from rankgate.terminal import quiet_libraries
 
@@ -100,13 +102,31 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--torchao", action="store_true", help="also torchao int8 and int4, eager and compiled")
     bench.add_argument("--json", action="store_true", help="last line: one JSON object")
 
+    add_answering_verbs(verb)
+    return parser
+
+
+def add_answering_verbs(
+    verb: Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser],
+) -> None:
     generate = verb("generate", commands.generate, "Continue a prompt, streaming the text (greedy).")
     generate.add_argument("model", metavar="MODEL_OR_DIR")
     generate.add_argument("prompt")
     generate.add_argument("-n", type=positive, default=100, metavar="N", help="new tokens (default: 100)")
     add_device(generate)
     generate.add_argument("--json", action="store_true", help="do not stream; last line: one JSON object")
-    return parser
+
+    chat = verb("chat", commands.chat, "Talk with a model in the terminal; it sees what was said before.")
+    chat.add_argument("model", metavar="MODEL_OR_DIR")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    chat.add_argument("--temperature", type=temperature, default=0.7, help="0: always the likeliest (default: 0.7)")
+    chat.add_argument("-n", type=positive, default=512, metavar="N", help="new tokens of an answer (default: 512)")
+    add_device(chat)
+
+    serve = verb("serve", commands.serve, "Serve a model over HTTP, with OpenAI's completions API.")
+    serve.add_argument("model", metavar="MODEL_OR_DIR")
+    add_serving(serve)
+    add_device(serve)
 
 
 if __name__ == "__main__":
