@@ -26,7 +26,7 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True)
 class Ending:
-    """reason: stop or length; or, without an answer, cancelled, timeout or error."""
+    """reason: stop or length; or, without a whole answer, cancelled, timeout, shutdown or error."""
 
     reason: str
     tokens: int = 0
@@ -133,8 +133,13 @@ class Engine:
                 ending = Ending("error")
         loop.call_soon_threadsafe(job.end, ending)
 
-    async def close(self) -> None:
-        """Give up what is left and wait for the thread."""
+    def give_up(self, ending: Ending) -> None:
+        """End what is unfinished."""
         for job in list(self.jobs):
-            job.cancel()
-        await asyncio.to_thread(self.thread.shutdown)
+            job.end(ending)
+
+    def close(self) -> None:
+        """Wait for the thread, when there is no event loop any more."""
+        for job in self.jobs:
+            job.given_up.set()
+        self.thread.shutdown()

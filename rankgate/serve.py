@@ -21,7 +21,6 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,12 @@ from rankgate.pipeline import Opened
 from rankgate.terminal import say
 
 KEY_VARIABLE = "RANKGATE_API_KEY"
+STALLED = 5  # seconds that clients have to read the error that ends their answer
 GONE = 499  # what nobody will read is logged as, after nginx
 FAILURES = {
     "timeout": ApiError(504, "the answer took too long", code="timeout", headers={"x-should-retry": "false"}),
     "error": ApiError(500, "the model failed; see the server's log", code="internal_error"),
+    "shutdown": ApiError(503, "the server is stopping", code="shutdown"),
 }
 
 
@@ -53,7 +54,7 @@ FAILURES = {
 class Limits:
     """context: tokens of prompt and answer together; body: bytes; queue: waiting requests; seconds: of one request.
 
-    grace: seconds that the requests of the moment have when the server is told to stop.
+    grace: seconds that unfinished requests have when the server is told to stop.
     """
 
     context: int
@@ -82,6 +83,20 @@ def served_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
+class Http(uvicorn.Server):
+    """uvicorn, told to stop: it takes nothing new, and what is not through after `grace` seconds ends with an error."""
+
+    def __init__(self, app: ASGIApp, engine: Engine, grace: int) -> None:
+        self.engine, self.grace = engine, grace
+        options: dict[str, Any] = {"access_log": False, "server_header": False, "ws": "none", "lifespan": "off"}
+        last = grace + STALLED  # then connections are cut off
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=last, **options))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self.grace, self.engine.give_up, Ending("shutdown"))
+        await super().shutdown(sockets)
+
+
 class Server:
     """The endpoints, around one engine."""
 
@@ -89,6 +104,7 @@ class Server:
         self.opened, self.limits, self.key = opened, limits, key
         self.name = served_name(opened.name)
         self.engine = Engine(opened, limits.queue, limits.seconds)
+        self.http = Http(self.app(), self.engine, limits.grace)
 
     def run(self, listener: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT, which then have their usual effect."""
@@ -98,26 +114,12 @@ class Server:
         say(f"{self.name} is served at http://{shown}:{port}/v1" + (", for those with the key" if self.key else ""))
         if self.key is None and not ipaddress.ip_address(host).is_loopback:
             say(f"everyone who reaches this address can use the model; set {KEY_VARIABLE} to change that")
-        self.uvicorn().run([listener])
-
-    def uvicorn(self) -> uvicorn.Server:
-        config = uvicorn.Config(
-            self.app(),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            lifespan="on",
-            timeout_graceful_shutdown=self.limits.grace,
-        )
-        return uvicorn.Server(config)
+        try:
+            self.http.run([listener])
+        finally:
+            self.engine.close()
 
     def app(self) -> ASGIApp:
-        @asynccontextmanager
-        async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            yield
-            await self.engine.close()
-
         routes = [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -132,7 +134,7 @@ class Server:
             ClientDisconnect: lambda *_: Response(status_code=GONE),
             Exception: lambda *_: failure(FAILURES["error"]),
         }
-        app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+        app = Starlette(routes=routes, exception_handlers=handlers)
         return Counted(app, [route.path for route in routes], self.engine.metrics.responses.labels)
 
     async def health(self, _: Request) -> Response:
@@ -201,17 +203,13 @@ class Server:
             raise ApiError(429, message, code="queue_full", headers=headers) from None
         job.watchers.append(asyncio.create_task(cancel_when_gone(request, job)))
         reply, text = Reply(self.name, call.chat, len(prompt)), ""
-        try:
-            event = await job.events.get()  # what goes wrong before it still has a status of its own
-            if call.stream and (isinstance(event, str) or event.complete):
-                chunks = stream(job, event, reply, usage=call.stream_options.include_usage)
-                return StreamingResponse(chunks, media_type="text/event-stream")
-            while isinstance(event, str):
-                text += event
-                event = await job.events.get()
-        except asyncio.CancelledError:  # at the end of a shutdown's patience
-            job.cancel()
-            raise
+        event = await job.events.get()  # what goes wrong before it still has a status of its own
+        if call.stream and (isinstance(event, str) or event.complete):
+            chunks = stream(job, event, reply, usage=call.stream_options.include_usage)
+            return StreamingResponse(chunks, media_type="text/event-stream")
+        while isinstance(event, str):
+            text += event
+            event = await job.events.get()
         if event.complete:
             return JSONResponse(reply.whole(text, event.reason, event.tokens))
         return failure(FAILURES[event.reason]) if event.reason in FAILURES else Response(status_code=GONE)
