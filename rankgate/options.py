@@ -150,6 +150,42 @@ def add_subjects(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--torchao", action="store_true", help="also torchao int8 and int4, eager and compiled")
 
 
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=natural, default=8000, help="0: a free one (default: 8000)")
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="the key that requests must bring (default: in RANKGATE_API_KEY, or none)",
+    )
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--context", type=positive, metavar="N", help="tokens of prompt and answer (default: what the model has)"
+    )
+    group.add_argument(
+        "--max-body", type=positive, default=1 << 20, metavar="BYTES", help="of a request (default: 1 MiB)"
+    )
+    group.add_argument("--max-queue", type=natural, default=64, metavar="N", help="requests that wait (default: 64)")
+    group.add_argument(
+        "--timeout", type=positive, default=300, metavar="SECONDS", help="of a request, waiting too (default: 300)"
+    )
+    group.add_argument(
+        "--grace", type=positive, default=30, metavar="SECONDS", help="to finish in when told to stop (default: 30)"
+    )
+
+
+def temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2")
+    return value
+
+
 def rank(text: str) -> int | float:
     try:
         return float(text) if any(mark in text for mark in ".eE") else int(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -58,10 +59,12 @@ CONFIGS = {
 ARCHITECTURES = tuple(CONFIGS)
 
 
-def tiny_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     """Random weights, large enough that layers matter, biases included. The same for every dtype but for rounding."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=dtype)
+    config = copy.deepcopy(CONFIGS[architecture])
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name and "ln_" not in name and not name.endswith(("A_log", ".D")):
@@ -93,6 +96,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     """A tiny Llama as a Hugging Face directory."""
     directory = tmp_path_factory.mktemp("tiny") / "llama"
     tiny_model("llama").save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="session")
+def chat_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """A tiny Llama with a chat template and 4,000 positions that never ends by itself."""
+    directory = tmp_path_factory.mktemp("chatting") / "tiny-chat"
+    tiny_model("llama", max_position_embeddings=4000, eos_token_id=None).save_pretrained(directory)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)
     return directory
 
