@@ -29,7 +29,7 @@ def test_commands_run(tmp_path):
         assert "Traceback" not in done.stderr and "warn" not in done.stderr.lower()
         outputs.append(done.stdout)
     assert (tmp_path / "report" / "index.html").is_file()
-    keys, selection, analysis, lrq, conversion, planned, bench, text = outputs
+    keys, selection, analysis, lrq, conversion, planned, bench, text, exact = outputs
     assert 0.4 < float(re.search(r"([\d.]+)% of the keys", keys)[1]) / 100 < 0.6
     assert 0.99 < float(keys.splitlines()[1].split()[2]) < 1.1
     assert "The cascade saves" in selection
@@ -42,6 +42,7 @@ def test_commands_run(tmp_path):
         assert 0.98 < ratio < 1.1 and reads < 0.9
     assert bench.startswith("model") and "smollm2-fast decode" in bench
     assert text.startswith("The lighthouse keeper") or len(text) > 60
+    assert re.search(r"dense passes for 40 tokens", exact)
 
 
 @pytest.mark.slow
