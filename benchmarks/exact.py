@@ -52,6 +52,7 @@ def main() -> None:
         convert_(draft, method, stats, lm_head=True)
         loops[name] = Exact(draft)
         generate(opened.model, prompts[:1], loops[name])  # compiles kernels and captures the draft's step
+    del stats
     generate(opened.model, prompts[:1], None)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in loops}
     settings = {"model": MODEL, "text": "WikiText-2 test", "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}

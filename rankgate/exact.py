@@ -9,9 +9,9 @@
 
 What is promised. Sampling: every token has the distribution of the dense model, whatever the draft is; not the tokens
 that the dense model would have drawn from the same seed. Greedy: the text of dense greedy decoding. Both hold up to
-rounding: a pass over several tokens may round otherwise than one over a single token, so where two tokens' scores lie
-within that of each other (about 1e-5 in float32) the other one may be taken, as with another version of a library. In
-bfloat16, whose scores often tie, this happens in longer texts; see `benchmarks/exact.py` for how often.
+rounding: a pass over several tokens may round otherwise than one over a single token, so where the best two scores lie
+within that of each other the other one may be taken, as with another version of a library, and the texts part there. In
+float32 that is rare (`benchmarks/exact.py` counts it); in bfloat16, whose scores often tie, it must be expected.
 Logits processors and stopping criteria see every token in turn; processors that keep a state of their own would see
 drafted tokens, too, and must not.
 """
@@ -359,10 +359,10 @@ def _check(
     """Raise RankgateError for what exact mode does not have."""
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     reasons = {
-        "more than one sequence": ids.shape[0] != 1,
         "beams, or other ways of searching": config.get_generation_mode()
         not in {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE},
         "several answers": config.num_return_sequences != 1,
+        "more than one sequence": ids.shape[0] != 1,
         "padding": mask is not None and (mask.shape != ids.shape or not bool((mask == 1).all())),
         "an encoder": model.config.is_encoder_decoder,
         "a dictionary as result": config.return_dict_in_generate,

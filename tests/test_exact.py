@@ -17,6 +17,7 @@ from rankgate.exact import Costs, Exact, Statistics, best_length, describe, exac
 from rankgate.methods import GSIConfig, Int8Config, SVDConfig
 from rankgate.pipeline import open_pair
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*without the fast path")
 ATTENTIVE = ("gpt2", "gptj", "llama", "opt", "qwen2")
 CHEAP = Costs(0.1)
 DRAFTS = {
@@ -135,15 +136,22 @@ def test_streamers_hear_what_generate_tells_them():
     assert ours.received == plain.received
 
 
-SAMPLING = {"do_sample": True, "temperature": 1.3, "top_k": 5, "top_p": 0.95}
-WARPERS = LogitsProcessorList([TemperatureLogitsWarper(1.3), TopKLogitsWarper(5), TopPLogitsWarper(0.95)])
-VOCAB, SEEDS = 6, 1500
-CHI_SQUARE = 74.9  # exceeded once in ten thousand with 35 degrees of freedom
+SAMPLING = {"do_sample": True, "temperature": 1.3, "top_k": 3, "top_p": 0.95}
+WARPERS = LogitsProcessorList([TemperatureLogitsWarper(1.3), TopKLogitsWarper(3), TopPLogitsWarper(0.95)])
+VOCAB, SEEDS = 5, 300
+CHI_SQUARE = 58.6  # exceeded once in ten thousand with 24 degrees of freedom
 
 
 def tiny_vocabulary():
     torch.manual_seed(1)
-    config = {**LLAMA, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": None}
+    config = {
+        **LLAMA,
+        "num_hidden_layers": 1,
+        "vocab_size": VOCAB,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+    }
     model = AutoModelForCausalLM.from_config(LlamaConfig(**config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -154,7 +162,7 @@ def tiny_vocabulary():
 
 
 def chi_square(model, draft, ids):
-    """How far the second and third tokens (36 pairs) of many texts are from what the dense model gives them."""
+    """How far the second and third tokens (25 pairs) of many texts are from what the dense model gives them."""
     with torch.no_grad():
         texts, weights = ids, torch.ones(1)
         for _ in range(3):
@@ -166,18 +174,19 @@ def chi_square(model, draft, ids):
     counts, loop = torch.zeros(VOCAB, VOCAB, dtype=torch.float64), Exact(draft, CHEAP)
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "pad_token_id": 0}
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "pad_token_id": 0}
         out = model.generate(ids, custom_generate=loop, **options, **SAMPLING)[0]
         counts[out[ids.shape[1] + 1], out[ids.shape[1] + 2]] += 1
-    assert not counts[likely == 0].any()
     assert loop.statistics.drafted > 0
+    if counts[likely == 0].any():
+        return float("inf")
     expected = likely[likely > 0] * SEEDS
     return float(((counts[likely > 0] - expected) ** 2 / expected).sum())
 
 
 def test_sampling_has_the_distribution_of_the_dense_model(monkeypatch):
     model, draft = tiny_vocabulary()
-    ids = torch.tensor([[1, 4, 2]])
+    ids = torch.tensor([[1, 3, 2]])
     assert chi_square(model, draft, ids) < CHI_SQUARE
     monkeypatch.setattr(exact._Choice, "accepts", lambda *_: True)  # and with drafts that nobody refuses it has not
     assert chi_square(model, draft, ids) > 2 * CHI_SQUARE
@@ -185,16 +194,16 @@ def test_sampling_has_the_distribution_of_the_dense_model(monkeypatch):
 
 @pytest.mark.parametrize("p, q", [([0.7, 0.2, 0.1, 0.0], [0.1, 0.1, 0.4, 0.4]), ([0.25] * 4, [0.25] * 4)])
 def test_a_token_drawn_from_the_draft_becomes_one_of_the_dense_model(p, q):
-    """Of one drafted token, on 20,000 draws: within four standard errors of p for every token."""
+    """Of one drafted token, on 5,000 draws: within four standard errors of p for every token."""
     torch.manual_seed(0)
     p, q = torch.tensor([p]), torch.tensor([q])
     choice, ids = exact._Choice(LogitsProcessorList(), sample=True), torch.zeros(1, 1, dtype=torch.long)
     counts = torch.zeros(4)
-    for _ in range(20_000):
+    for _ in range(5_000):
         ahead = torch.cat([ids, choice.draw(q)], dim=1)
         token, _ = next(exact._verified(choice, ids, ahead, [q], p.log().repeat(2, 1)))
         counts[token] += 1
-    assert ((counts / 20_000 - p[0]).abs() <= 4 * (p[0] * (1 - p[0]) / 20_000).sqrt()).all()
+    assert ((counts / 5_000 - p[0]).abs() <= 4 * (p[0] * (1 - p[0]) / 5_000).sqrt()).all()
 
 
 def test_the_same_seed_draws_the_same_text_with_given_costs():
