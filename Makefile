@@ -2,17 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+LOADING := tests/test_quantizer.py tests/test_checkpoint.py tests/test_decode.py
+
 .PHONY: demo test clean
 
 demo: .venv/demo
 	$(BIN)/rankgate demo -o report
 
-test: .venv/test
+test: .venv/test .venv/oldest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 	$(BIN)/python -m pytest -m slow
+	PYTHONPATH=.venv/oldest $(BIN)/python -m pytest -n 2 $(LOADING)
 
 # torch first, by its exact version: where a CPU build of it is at hand, pip takes that one
 .venv/demo: pyproject.toml constraints.txt
@@ -24,6 +27,11 @@ test: .venv/test
 
 .venv/test: .venv/demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,datasets]'
+	touch $@
+
+# the oldest transformers that is supported, before the newest on the path
+.venv/oldest: .venv/demo
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target $@ transformers==5.17.0 $$(grep '^numpy==' constraints.txt)
 	touch $@
 
 clean:
