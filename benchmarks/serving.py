@@ -4,9 +4,10 @@
 
 SmolLM2-135M in int4 behind `rankgate serve`, 200 requests at concurrency 16: whole and streamed chats of 16 tokens,
 clients that go away, malformed JSON, prompts that are too long, wrong keys. Every answer at temperature 0 has to be
-what the same request got alone, every other status the right one. And the resident set before (after a warm-up) and
-after it all.
-About 5 minutes.
+what the same request got alone, every other status the right one. The resident set before, after a warm-up of short
+questions one by one, and after every 50 requests. About 5 minutes.
+
+The model generates on one thread: as many as there are cores wait for each other, spinning, whenever clients run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rankgate import cli
 from rankgate.sources import DEFAULT
 
 REQUESTS, CONCURRENCY, TOKENS = 200, 16, 16
+PARTS = 4  # after each of which memory is looked at
 MIX = {"whole": 80, "streamed": 80, "disconnects": 10, "malformed": 10, "too long": 10, "wrong key": 10}
 QUESTIONS = [f"What is special about {what}?" for what in ("Oslo", "rain", "tea", "the number 7", "moss", "a fugue")]
 KEY = "only-for-this-benchmark"
@@ -50,15 +52,16 @@ def main() -> None:
             results = [asyncio.run(load(address, made.name))]
     print(json.dumps(results, indent=1))
     settings = {"model": DEFAULT, "method": "int4", "requests": REQUESTS, "concurrency": CONCURRENCY, "mix": MIX}
-    write("serving", {**settings, "new_tokens": TOKENS}, results)
+    write("serving", {**settings, "new_tokens": TOKENS, "threads": 1}, results)
 
 
 @contextmanager
 def serving(directory: Path, log: Path) -> Iterator[str]:
     """The address of a server in a process of its own, which has to stop when it is told to, without complaints."""
     command = [sys.executable, "-m", "rankgate.cli", "serve", str(directory), "--port", "0", "--device", "cpu"]
+    environment = {**os.environ, "RANKGATE_API_KEY": KEY, "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     with log.open("w") as errors:
-        process = subprocess.Popen(command, stderr=errors, env={**os.environ, "RANKGATE_API_KEY": KEY})
+        process = subprocess.Popen(command, stderr=errors, env=environment)
         try:
             while "is served at" not in log.read_text():
                 if process.poll() is not None:
@@ -91,10 +94,13 @@ async def load(address: str, model: str) -> dict[str, Any]:
             async with places:
                 await getattr(requests, kind.replace(" ", "_"))(QUESTIONS[i % len(QUESTIONS)])
 
-        await asyncio.gather(*(one(i, kind) for i, kind in enumerate(kinds)))
+        resident = [before["process_resident_memory_bytes"]]
+        for part in range(0, REQUESTS, REQUESTS // PARTS):
+            await asyncio.gather(*(one(i, kinds[i]) for i in range(part, part + REQUESTS // PARTS)))
+            while (after := await metrics(client))["rankgate_unfinished"]:
+                await asyncio.sleep(0.1)
+            resident.append(after["process_resident_memory_bytes"])
         seconds = time.perf_counter() - start
-        while (after := await metrics(client))["rankgate_unfinished"]:
-            await asyncio.sleep(0.1)
     reasons = ("stop", "length", "cancelled", "timeout", "error")
     answers = {
         r: after.get(f"rankgate_answers_total {r}", 0) - before.get(f"rankgate_answers_total {r}", 0) for r in reasons
@@ -106,8 +112,7 @@ async def load(address: str, model: str) -> dict[str, Any]:
         "answers_by_end": answers,
         "new_tokens": after["rankgate_new_tokens_total"] - before["rankgate_new_tokens_total"],
         "seconds": seconds,
-        "resident_bytes_before": before["process_resident_memory_bytes"],
-        "resident_bytes_after": after["process_resident_memory_bytes"],
+        "resident_bytes": resident,
     }
 
 

@@ -95,9 +95,8 @@ def answer(
         )
     except _Stop as stop:
         return stop.reason, len(stream.ids)
-    eos: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-    last = torch.tensor(stream.ids[-1:])
-    ended = len(stream.ids) < sampling.tokens or (eos is not None and bool(torch.isin(last, torch.tensor(eos)).any()))
+    eos: Any = getattr(model.generation_config, "eos_token_id", None)  # one, several or none
+    ended = len(stream.ids) < sampling.tokens or stream.ids[-1] in (eos if isinstance(eos, list) else [eos])
     return "stop" if ended else "length", len(stream.ids)
 
 
