@@ -12,6 +12,7 @@ from typing import Any
 import render_api
 import render_attention
 import render_gpu
+import render_serving
 from matplotlib.figure import Figure
 
 from rankgate.tables import HEADERS, describe, markdown, row
@@ -54,6 +55,7 @@ def documents() -> dict[Path, str]:
                 render_attention.quality(load("attention_quality"), source(load("attention_quality"))),
                 render_attention.selection(load("attention"), source(load("attention"))),
                 *(render_attention.speed(content, source(content)) for content in of_devices("attention_speed")),
+                render_serving.serving(load("serving"), source(load("serving"))),
                 *gpus(),
             )
         ),
