@@ -15,8 +15,9 @@ def serving(content: dict[str, Any], source: str) -> str:
     rows = [(*status.split(": "), str(count)) for status, count in result["statuses"].items()]
     return f"""## Serving
 
-{settings["requests"]} requests at concurrency {settings["concurrency"]} to SmolLM2-135M in {settings["method"]} ({mix}), of
-{settings["new_tokens"]} new tokens each, checked for status, order of the stream and text. Ends of the answers: {ends}.
+{settings["requests"]} requests at concurrency {settings["concurrency"]} to SmolLM2-135M in {settings["method"]}
+({mix}), of {settings["new_tokens"]} new tokens each, checked for status, order of the stream and text; the table also
+counts the questions asked alone before, whose answers these must equal. Ends of the answers: {ends}.
 Resident memory of the server in MB after a warm-up and after every quarter of the requests: {memory}. {source}
 
 {markdown(("request", "status", "answers"), rows)}
