@@ -54,7 +54,19 @@ def pad_to_group(x: Tensor, value: float = 0) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % GROUP), value=value)
 
 
-class QuantizedMatrix(nn.Module):
+class Packed(nn.Module):
+    """Casting a model leaves its tensors as they are stored: they belong to codes, not to activations."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        def moved(tensor: Tensor) -> Tensor:
+            cast = fn(tensor)
+            return cast if cast.dtype == tensor.dtype else tensor.to(cast.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class QuantizedMatrix(Packed):
     """W ≈ s (q − z), groups of 64 along n.
 
     codes: (m, ⌈n/64⌉·64) int8, or (m, ⌈n/64⌉·32) uint8 holding two 4-bit codes each.  scale: (m, ⌈n/64⌉) bfloat16.
@@ -93,7 +105,7 @@ class QuantizedMatrix(nn.Module):
         return W.flatten(-2)[:, : self.n].to(dtype)
 
 
-class LowRank(nn.Module):
+class LowRank(Packed):
     """A diag(s) B with A: (m, r) int8, B: (r, n) int8 and s: (r,) float32."""
 
     def __init__(self, A: Tensor, B: Tensor, scale: Tensor) -> None:
@@ -120,7 +132,7 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x, self.B.to(dtype)) * self.scale.to(dtype), self.A.to(dtype))
 
 
-class Refinement(nn.Module):
+class Refinement(Packed):
     """E_ij = row_i column_j (code_ij − 8), 4 bits, so stored that a thread reads channel j of its rows in one piece.
 
     codes: 32 n ⌈m/64⌉ uint8: for every 128 rows, and at last perhaps 64, column after column (see `_strips`).
