@@ -15,10 +15,13 @@ MORE = (  # public, but needed less often
 
 
 class _Plain:
-    """An annotation as it is written."""
+    """An annotation or a default as it is written: strings bare, functions by name (their repr holds an address)."""
 
-    def __init__(self, annotation: Any) -> None:
-        self.text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    def __init__(self, written: Any) -> None:
+        named = inspect.isfunction(written)
+        self.text = (
+            written if isinstance(written, str) else written.__name__ if named else inspect.formatannotation(written)
+        )
 
     def __repr__(self) -> str:
         return self.text
@@ -65,7 +68,10 @@ def signature(name: str, what: Any) -> str:
         return name
     found = inspect.signature(what)
     parameters = [
-        p if p.annotation is p.empty else p.replace(annotation=_Plain(p.annotation))
+        p.replace(
+            annotation=p.annotation if p.annotation is p.empty else _Plain(p.annotation),
+            default=_Plain(p.default) if inspect.isfunction(p.default) else p.default,
+        )
         for p in found.parameters.values()
         if p.name not in {"self", "cls"}
     ]
