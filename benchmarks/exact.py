@@ -90,7 +90,7 @@ def summary(texts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "texts": len(texts),
         "identical": sum(text["identical"] for text in texts) / len(texts),
-        "stopped": sum(text["stopped"] for text in texts) / len(texts),
+        "pauses": sum(text["pauses"] for text in texts) / len(texts),
         "acceptance": total.acceptance,
         "mean_accepted": total.mean_accepted,
         "tokens_per_dense_pass": total.new_tokens / total.dense_passes,

@@ -304,6 +304,17 @@ class Steps:
             self.capture = known[1]
         return self._forward(token) if self.capture is None else self._replay(token, self.capture)
 
+    def read(self, ids: Tensor) -> None:
+        """Several more tokens (1, tokens) at once, by the model's own forward."""
+        for layer in self.layers:
+            layer.length = self.length
+        start, self.length = self.length, self.length + ids.shape[1]
+        place = {}
+        if self.inputs.get("position_ids") is not None:
+            place["position_ids"] = torch.arange(start, self.length, device=ids.device)[None]
+        self.model(**{**self.inputs, **place, "input_ids": ids})
+        self.position.fill_(self.length - 1)
+
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         self.length = length

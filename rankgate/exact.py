@@ -36,7 +36,9 @@ from rankgate.errors import RankgateError
 LONGEST = 16  # run of drafted tokens
 FIRST = 4  # length of a run while little is known
 TRIALS = 3  # runs of that length; the first may compile kernels
+PAUSE = 64  # tokens without a draft once drafting does not pay; after each next time twice as many
 PLAIN = 2  # dense passes over one token, to know their time
+USUAL = 2  # new tokens at most, if the draft took part in the round before
 FORGET = 0.98  # weight of a verdict for each one that follows: about the last fifty count
 
 
@@ -50,7 +52,7 @@ class Statistics:
     accepted: int = 0
     runs: int = 0  # verifications of at least one drafted token
     dense_passes: int = 0  # verifications, steps without a draft, and the prompt
-    stopped: bool = False  # whether drafting was given up because it did not pay
+    pauses: int = 0  # how often drafting was left for some time because it did not pay
 
     @property
     def acceptance(self) -> float | None:
@@ -71,10 +73,11 @@ def describe(record: Mapping[str, Any]) -> str:
     passes = f"{record['dense_passes']} dense passes for {record['new_tokens']} tokens"
     if not record["runs"]:
         return f"nothing drafted, {passes}"
-    stopped = ", drafting stopped because it did not pay" if record["stopped"] else ""
+    times = f"{record['pauses']} time{'s' * (record['pauses'] > 1)}"
+    paused = f", drafting paused {times} because it did not pay" if record["pauses"] else ""
     return (
         f"acceptance {record['acceptance']:.3f}, {record['mean_accepted']:.2f} drafted tokens accepted per "
-        f"verification, {passes}{stopped}"
+        f"verification, {passes}{paused}"
     )
 
 
@@ -142,7 +145,12 @@ class Reader(Timed):
         return logits
 
     def follow(self, ids: Tensor) -> Tensor:
-        """Read what is new in `ids` token by token, as kernels for one token have it: the last logits (1, vocab)."""
+        """Read what is new in `ids` token by token, as kernels for one token have it: the last logits (1, vocab).
+
+        After a pause, all but the last token at once.
+        """
+        if ids.shape[1] - self.length > USUAL:
+            self.read(ids[:, :-1])
         for end in range(self.length + 1, ids.shape[1] + 1):
             logits = self.read(ids[:, :end])
         return logits
@@ -163,7 +171,9 @@ class Stepper(Timed):
         self.steps.prompt()
 
     def follow(self, ids: Tensor) -> Tensor:
-        """Read what is new in `ids` token by token: the last logits (1, vocabulary)."""
+        """As `Reader.follow`."""
+        if ids.shape[1] - self.steps.length > USUAL:
+            self.steps.read(ids[:, self.steps.length : -1])
         threads = torch.get_num_threads()
         try:
             for i in range(self.steps.length, ids.shape[1]):
@@ -194,6 +204,9 @@ class Pace:
     def __init__(self, dense: Timed, draft: Timed, costs: Costs | None, statistics: Statistics) -> None:
         self.dense, self.draft, self.given, self.statistics = dense, draft, costs, statistics
         self.accepted = self.refused = 0.0
+        self.runs = 0  # since the start, or the last pause
+        self.rest = 0 if costs else PLAIN + 1  # dense passes, the prompt among them, before the next run
+        self.pause = PAUSE
 
     def note(self, drafted: int, accepted: int, *, refused: bool) -> None:
         """A dense pass is through: the first of the drafted tokens were accepted, and then one refused or not."""
@@ -205,17 +218,20 @@ class Pace:
         seen.checked += accepted + refused
         fade = FORGET ** (accepted + refused)
         self.accepted, self.refused = self.accepted * fade + accepted, self.refused * fade + refused
+        self.runs += drafted > 0
+        self.rest -= self.rest > 0
 
     def next(self) -> int:
-        if self.statistics.stopped:
+        if self.rest:
             return 0
-        if self.given is None and self.statistics.dense_passes <= PLAIN:
-            return 0
-        if self.statistics.runs < TRIALS:
+        if self.runs < TRIALS:
             return FIRST
         acceptance = (self.accepted + 1) / (self.accepted + self.refused + 2)
         best = best_length(acceptance, self.given or self.measured())
-        self.statistics.stopped = best == 0
+        if best == 0:
+            self.statistics.pauses += 1
+            self.rest, self.pause = self.pause, 2 * self.pause
+            self.runs, self.accepted, self.refused = 0, 0.0, 0.0
         return best
 
     def measured(self) -> Costs:

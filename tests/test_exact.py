@@ -230,14 +230,28 @@ def test_the_length_of_runs():
     assert rate(n) > max(rate(n - 1), rate(n + 1), 1)
 
 
-def test_drafting_stops_where_it_does_not_pay():
+def test_drafting_pauses_where_it_does_not_pay():
     model, draft = pair("llama", "svd")
     ids = tokens(1, 7)
     got, seen = exact_generate(model, draft, ids, costs=Costs(0.9), **greedy(ids, 40))
     assert torch.equal(got, model.generate(ids, **greedy(ids, 40)))
-    assert seen.stopped and seen.runs == exact.TRIALS and "did not pay" in describe(seen.record())
-    assert not exact_generate(model, twin(model), ids, costs=CHEAP, **greedy(ids, 40))[1].stopped
+    assert seen.pauses == 1 and seen.runs == exact.TRIALS and "paused 1 time because" in describe(seen.record())
+    assert not exact_generate(model, twin(model), ids, costs=CHEAP, **greedy(ids, 40))[1].pauses
     assert describe(Statistics(new_tokens=3, dense_passes=3).record()) == "nothing drafted, 3 dense passes for 3 tokens"
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("architecture", ATTENTIVE)
+def test_after_a_pause_the_draft_reads_what_it_missed(architecture, captured, monkeypatch):
+    """A draft that is the dense model, but costs as much, is tried again and again, and always right."""
+    monkeypatch.setattr(exact, "PAUSE", 5)
+    model, draft = pair(architecture, "dense")
+    if not captured:
+        draft.register_forward_hook(lambda *_: None)
+    ids = tokens(1, 7)
+    got, seen = exact_generate(model, draft, ids, costs=Costs(1.0), **greedy(ids, 50))
+    assert torch.equal(got, model.generate(ids, **greedy(ids, 50)))
+    assert seen.pauses == 2 and seen.runs >= 2 * exact.TRIALS and seen.acceptance == 1
 
 
 def storages(model):
