@@ -1,16 +1,10 @@
-"""A server on a free port of this machine, in a thread of the tests; with signals in a process of its own."""
+"""The server, asked by the official client and by clients that make mistakes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,37 +12,19 @@ import httpx2
 import openai
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
+from server import LONG, begun, metrics, post, serving, wait_for
 
 from rankgate import answer as answering
-from rankgate.answer import Sampling, chat_tokens
+from rankgate.answer import chat_tokens
 from rankgate.decode import fast_generate
 from rankgate.pipeline import Opened, open_any
-from rankgate.serve import Limits, Server, listen
 
-LIMITS = {"context": 4000, "body": 20_000, "queue": 64, "seconds": 60.0, "grace": 5}
 HELLO = [{"role": "user", "content": "Hello"}]
-LONG = {"model": "tiny-chat", "prompt": "a", "max_tokens": 3900, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def opened(chat_dir: Path) -> Opened:
     return open_any(str(chat_dir))
-
-
-@contextlib.contextmanager
-def serving(opened: Opened, key: str | None = None, **limits: float) -> Iterator[str]:
-    """The address of a server."""
-    listener = listen("127.0.0.1", 0)
-    server = Server(opened, Limits(**{**LIMITS, **limits}), key)  # type: ignore[arg-type]
-    thread = threading.Thread(target=server.run, args=(listener,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.http.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +36,6 @@ def address(opened: Opened) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(address: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
-
-
-def post(address: str, body: object, path: str = "/v1/completions", **headers: str) -> httpx2.Response:
-    return httpx2.post(address + path, json=body, headers=headers, timeout=60)
-
-
-def metrics(address: str) -> dict[tuple[str, ...], float]:
-    """Values by name and labels."""
-    families = text_string_to_metric_families(httpx2.get(f"{address}/metrics").text)
-    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def greedy(opened: Opened, prompt: list[int], tokens: int) -> str:
@@ -313,15 +272,6 @@ def test_twenty_requests_at_eight(address: str, client: openai.OpenAI):
     assert after["rankgate_answers_total", "length"] == before + 40 and after["rankgate_unfinished",] == 0
 
 
-@contextlib.contextmanager
-def begun(address: str) -> Iterator[Iterator[str]]:
-    """A long answer that is on its way: the lines that follow."""
-    with httpx2.stream("POST", f"{address}/v1/completions", json={**LONG, "stream": True}, timeout=60) as response:
-        lines = response.iter_lines()
-        assert next(lines).startswith("data: ")
-        yield lines
-
-
 def test_who_goes_away_makes_room(opened: Opened):
     with serving(opened) as address:
         with begun(address), pytest.raises(httpx2.TimeoutException):
@@ -401,97 +351,3 @@ def test_metrics_count(opened: Opened):
         assert found["rankgate_responses_total", "other", "404"] == 1
         assert found["rankgate_answer_seconds_count",] == 1
         assert found["process_resident_memory_bytes",] > 1e6
-
-
-@contextlib.contextmanager
-def process(chat_dir: Path, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    command = [sys.executable, "-m", "rankgate.cli", "serve", str(chat_dir), "--port", "0", "--device", "cpu", *options]
-    with log.open("w") as errors, subprocess.Popen(command, stderr=errors) as running:
-        try:
-            wait_for(lambda: "is served at" in log.read_text() or running.poll() is not None)
-            yield running, log.read_text().split()[-1].removesuffix("/v1")
-        finally:
-            running.kill()
-
-
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
-def test_running_answers_finish_before_the_server_does(chat_dir: Path, tmp_path: Path, sent: signal.Signals, code: int):
-    with process(chat_dir, tmp_path / "log", "--grace", "60") as (running, address):
-        with begun(address) as lines:
-            running.send_signal(sent)
-            events = [line for line in lines if line]
-        assert events[-1] == "data: [DONE]"
-        assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-        assert running.wait(20) == code
-        with pytest.raises(httpx2.ConnectError):
-            httpx2.get(f"{address}/health")
-
-
-def test_patience_ends(chat_dir: Path, tmp_path: Path):
-    with process(chat_dir, tmp_path / "log", "--grace", "1") as (running, address):
-        with begun(address) as lines, ThreadPoolExecutor(20) as pool:
-            waiting = [pool.submit(post, address, LONG) for _ in range(20)]
-            wait_for(lambda: metrics(address)["rankgate_unfinished",] > 15)
-            running.send_signal(signal.SIGTERM)
-            assert running.wait(20) == -signal.SIGTERM
-            events = [line for line in lines if line]
-            assert events[-1] == "data: [DONE]" or "the server is stopping" in events[-1]
-            codes = [request.result().status_code for request in waiting]
-        assert 503 in codes and {*codes} <= {200, 503}
-    assert "Traceback" not in (tmp_path / "log").read_text()
-
-
-def test_bad_options_are_one_line(refuses, chat_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "empty").write_text("\n")
-    with listen("127.0.0.1", 0) as taken:
-        cases = {
-            ("--port", str(taken.getsockname()[1])): "choose another --port",
-            ("--port", "70000"): "cannot listen at",
-            ("--port", "0", "--host", "no.such.host.invalid"): "cannot listen at",
-            ("--port", "0", "--context", "5000"): "longer than the 4000 positions",
-            ("--port", "0", "--api-key-file", str(tmp_path / "none")): "cannot read the key",
-            ("--port", "0", "--api-key-file", str(tmp_path / "empty")): "is empty",
-            ("--max-queue", "-1"): "argument --max-queue",
-        }
-        for options, message in cases.items():
-            assert message in refuses("serve", chat_dir, *options), options
-    monkeypatch.setenv("RANKGATE_API_KEY", "")
-    assert "RANKGATE_API_KEY is empty" in refuses("serve", chat_dir)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "rankgate.serve")
-    assert "pip install 'rankgate[serve]'" in refuses("serve", chat_dir)
-
-
-def pieces_of(opened: Opened, prompt: str, monkeypatch: pytest.MonkeyPatch, text: str, *stop: str) -> list[str]:
-    """What `answer` passes on while a model says `text`, a byte at a time."""
-
-    def says(model: object, ids: torch.Tensor, **options: object) -> None:
-        streamer = options["streamer"]
-        streamer.put(ids)  # type: ignore[attr-defined]
-        for token in opened.tokenizer(text).input_ids:
-            streamer.put(torch.tensor([token]))  # type: ignore[attr-defined]
-        streamer.end()  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(answering, "fast_generate", says)
-    pieces: list[str] = []
-    ids = opened.tokenizer(prompt).input_ids
-    answering.answer(opened, ids, Sampling(1000, stop=stop), pieces.append, lambda: False)
-    return pieces
-
-
-def test_text_is_passed_on_when_it_is_certain(opened: Opened, monkeypatch: pytest.MonkeyPatch):
-    def pieces(text: str, *stop: str) -> list[str]:
-        return pieces_of(opened, "?", monkeypatch, text, *stop)
-
-    assert pieces("héllo") == ["h", "é", "l", "l", "o"]
-    assert pieces("a\N{SNOWMAN}\N{GRINNING FACE}") == ["a", "\N{SNOWMAN}", "\N{GRINNING FACE}"]
-    assert pieces("ab<en<end>c", "<end>") == ["a", "b", "<en"]
-    assert pieces("ab<en", "<end>") == ["a", "b", "<en"]
-    assert pieces("aabab", "abab", "c") == ["a"]
-    assert pieces("xyz", "y", "xyz!") == ["x"]
-
-
-def test_what_never_becomes_a_character_is_passed_on(opened: Opened, monkeypatch: pytest.MonkeyPatch):
-    half = opened.tokenizer("é").input_ids[0]
-    monkeypatch.setattr(type(opened.tokenizer), "__call__", lambda *_: type("Ids", (), {"input_ids": [half] * 40}))
-    assert "".join(pieces_of(opened, "?", monkeypatch, "")) == "\N{REPLACEMENT CHARACTER}" * 40
