@@ -11,6 +11,7 @@ from typing import Any
 
 import render_api
 import render_attention
+import render_exact
 import render_gpu
 import render_serving
 from matplotlib.figure import Figure
@@ -55,6 +56,7 @@ def documents() -> dict[Path, str]:
                 render_attention.quality(load("attention_quality"), source(load("attention_quality"))),
                 render_attention.selection(load("attention"), source(load("attention"))),
                 *(render_attention.speed(content, source(content)) for content in of_devices("attention_speed")),
+                render_exact.exact(load("exact"), source(load("exact"))),
                 render_serving.serving(load("serving"), source(load("serving"))),
                 *gpus(),
             )

@@ -333,8 +333,8 @@ class Steps:
                 layer.reserve(self.length)
             buffers = self._buffers()
             self.step, self.capacity = capture.bind(buffers), buffers[0].shape[2]
-            if capture.threaded:  # their threads and torch's, which wait by spinning, would share the cores
-                torch.set_num_threads(1)
+        if capture.threaded:  # their threads and torch's, which wait by spinning, would share the cores
+            torch.set_num_threads(1)
         with torch.inference_mode():
             return self.step(token, self.position)
 

@@ -15,7 +15,7 @@ from rankgate.core import GatedGroup, GroupedLinear
 from rankgate.errors import RankgateError
 from rankgate.layout import describe, tie
 from rankgate.methods import Method
-from rankgate.quantized import QuantizedGroup
+from rankgate.quantized import QuantizedGroup, QuantizedHead
 from rankgate.texts import load_text, token_windows
 
 if TYPE_CHECKING:
@@ -78,7 +78,13 @@ def freeze_(model: PreTrainedModel) -> None:
 
 
 def dequantize_(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-    """Put dense modules in place of converted ones, in place. Gates are open: E is added, a residual is the whole W."""
+    """Put dense modules in place of converted ones, in place. Gates are open: E is added, a residual is the whole W.
+
+    A rounded output embedding becomes one of its own, no longer tied to the input embedding.
+    """
+    if any(isinstance(layer, QuantizedHead) for _, layer in converted_layers(model)):
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
     with init_empty_weights():
         skeleton = type(model)(model.config)
     for name, layer in list(converted_layers(model)):

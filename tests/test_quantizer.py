@@ -106,6 +106,17 @@ def test_tied_weights_stay_tied_when_dequantized(tmp_path):
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_rounded_output_embedding_stays_rounded_when_dequantized(architecture, tmp_path):
+    model = tiny_model(architecture)
+    convert_(model, METHODS["int8"](), lm_head=True)
+    before = logits(model)
+    dequantize_(model)
+    assert torch.allclose(logits(model), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
 def test_weights_need_no_gradient_once_loaded(tmp_path):
     model = opened(tmp_path, method="lrq", **SETTINGS["lrq"])
     model.save_pretrained(tmp_path / "out")
