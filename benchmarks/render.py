@@ -11,9 +11,8 @@ from typing import Any
 
 import render_api
 import render_attention
-import render_exact
+import render_ecosystem
 import render_gpu
-import render_serving
 from matplotlib.figure import Figure
 
 from rankgate.tables import HEADERS, describe, markdown, row
@@ -56,8 +55,9 @@ def documents() -> dict[Path, str]:
                 render_attention.quality(load("attention_quality"), source(load("attention_quality"))),
                 render_attention.selection(load("attention"), source(load("attention"))),
                 *(render_attention.speed(content, source(content)) for content in of_devices("attention_speed")),
-                render_exact.exact(load("exact"), source(load("exact"))),
-                render_serving.serving(load("serving"), source(load("serving"))),
+                render_ecosystem.exact(load("exact"), source(load("exact"))),
+                render_ecosystem.harness(load("harness"), source(load("harness"))),
+                render_ecosystem.serving(load("serving"), source(load("serving"))),
                 *gpus(),
             )
         ),

@@ -126,6 +126,7 @@ class RankgateQuantizer(HfQuantizer):
             with torch.device("meta"):
                 rebuild(model, modules, model.dtype)
             tie(model)
+            self.expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
             for module in modules:  # a parent may want to initialise weights of its children, which are not there
                 parent = model.get_submodule(module["name"].rpartition(".")[0])
                 if not parent._non_persistent_buffers_set:  # what it has itself is stored
@@ -136,11 +137,19 @@ class RankgateQuantizer(HfQuantizer):
 
         align_(model)
         if self.pre_quantized:
+            self._check_shapes(model)
             freeze_(model)
             self.quantization_config.build().attach(model)
         else:
             convert_loaded_(model, self.quantization_config)
         return model
+
+    def _check_shapes(self, model: PreTrainedModel) -> None:
+        """As later versions of transformers do; 5.17 takes any shape where there is a quantizer."""
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != self.expected[name]:
+                found, expected = (" × ".join(map(str, shape)) for shape in (tensor.shape, self.expected[name]))
+                raise RankgateError(f"the model is damaged, convert it again: {name} is {found}, not {expected}")
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from rankgate.hf import dequantize_

@@ -1,0 +1,73 @@
+"""The same perplexity from lm-evaluation-harness and from our own evaluation, on SmolLM2-135M: results/harness.json.
+
+    python benchmarks/harness.py
+
+Needs the extra `eval` and nothing else: the documents are paragraphs of Python's own language reference. Ten minutes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from provenance import write
+
+from rankgate.calibration import calibrate
+from rankgate.convert import convert_, twin
+from rankgate.evaluation import evaluate
+from rankgate.methods import GSIConfig, Int4Config, LRQConfig, Method
+from rankgate.pipeline import Opened, open_dense
+from rankgate.sources import DEFAULT
+from rankgate.tasks import run_tasks
+from rankgate.terminal import quiet_libraries
+from rankgate.texts import CALIBRATION
+
+TASKS = Path(__file__).parent.parent / "examples" / "tasks"
+CONTEXT, CALIBRATION_TOKENS, DOCUMENTS = 512, 4096, 100
+METHODS: tuple[Method | None, ...] = (
+    None,
+    Int4Config(),
+    LRQConfig(rank=16, refine=0.05),
+    GSIConfig(rank=0.25, eps=0.2),
+)
+
+
+def main() -> None:
+    quiet_libraries()
+    sys.path.insert(0, str(TASKS))
+    from pydoc_documents import load
+
+    opened = open_dense(DEFAULT)
+    texts = [row["text"] for row in load()["test"]][:DOCUMENTS]
+    stats = calibrate(opened.model, opened.windows(CALIBRATION, CALIBRATION_TOKENS, CONTEXT), sensitivity=True)
+    results = []
+    for method in METHODS:
+        converted = Opened(opened.name, twin(opened.model), opened.tokenizer)
+        if method is not None:
+            convert_(converted.model, method, stats)
+        scores = run_tasks(converted, ["pydoc"], folder=str(TASKS), limit=DOCUMENTS)
+        results.append(
+            {
+                "method": None if method is None else method.record(),
+                "harness": next(score.value for score in scores if score.metric == "byte_perplexity"),
+                "ours": byte_perplexity(opened, converted, texts),
+            }
+        )
+        print(results[-1], flush=True)
+    write("harness", {"model": DEFAULT, "documents": DOCUMENTS}, results)
+
+
+def byte_perplexity(opened: Opened, converted: Opened, texts: list[str]) -> float:
+    """Of all texts, each after the token that begins one."""
+    loss = 0.0
+    for text in texts:
+        window = torch.tensor([[opened.tokenizer.bos_token_id, *opened.tokenizer(text).input_ids]])
+        found = evaluate(opened.model, converted.model, window)
+        loss += found.loss * found.scored
+    return math.exp(loss / sum(len(text.encode()) for text in texts))
+
+
+if __name__ == "__main__":
+    main()
