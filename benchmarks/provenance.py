@@ -34,7 +34,7 @@ def _cpu() -> str:
 def _commit() -> str:
     if "BENCHMARK_COMMIT" in os.environ:  # a copy of the tree on a machine without its history
         return os.environ["BENCHMARK_COMMIT"]
-    changed = "+" if _git("status", "--porcelain", "rankgate", "benchmarks") else ""
+    changed = "+" if _git("status", "--porcelain", "rankgate", "benchmarks", ":!benchmarks/results") else ""
     return _git("rev-parse", "--short", "HEAD") + changed
 
 
