@@ -56,21 +56,21 @@ def main() -> None:
     size = {"tokens": 3, "m": 129, "n": 577, "blocks": 10}
     for dtype in (torch.bfloat16, torch.float32):
         for bits, zero in ((4, None), (4, I8), (8, None)):
-            constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4, "PARTS": 0, "OVERLAP": False}
+            constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4, "PARTS": 0, "OVERLAP": True}
             codes = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero, "one": 1 << 20}
-            build(quantized_gpu._multiply, constants, x=dtype, out=dtype, extra=None, **codes, **size)
+            build(quantized_gpu._multiply, constants, pdl=True, x=dtype, out=dtype, extra=None, **codes, **size)
         both = {"RANK": 16, "REFINED": True, "LISTING": 1024, "OVERLAP": True}
-        build(refined_gpu._produce, {**both, "CHUNK": 512}, x=dtype, **low, **lists, **size)
+        build(refined_gpu._produce, {**both, "CHUNK": 512}, pdl=True, x=dtype, **low, **lists, **size)
         for gated in (True, False):
             more = {"parts": F32, "norms": F32, "k": 130, "x": dtype, "B": dtype, "A": dtype, **size}
             constants = {"GATED": gated, "CHUNKS": 2, "OVERLAP": True}
-            build(gated_gpu._project, {**constants, "ROWS": 2, "CHUNK": 512}, **more)
+            build(gated_gpu._project, {**constants, "ROWS": 2, "CHUNK": 512}, pdl=True, **more)
             constants |= {"ALWAYS": False, "BATCH": 4, "COLUMNS": 128, "UNROLL": 4}
             build(gated_gpu._combine, constants, pdl=True, y=dtype, W=dtype if gated else None, eps=0.1, **more)
-        constants = {"WIDTH": 64, "VALUE": 64, "BLOCK": 128, "SPLITS": 8}
+        constants = {"WIDTH": 64, "VALUE": 64, "BLOCK": 128, "SPLITS": 8, "OVERLAP": True}
         cache = {"cache": I64, "counters": I64, "position": I64, "parts": F32, "sums": F32}
         numbers = {"share": 3, "width": 64, "value_width": 64, "scale": 0.1}
-        build(attention_gpu._attend, constants, q=dtype, k=dtype, v=dtype, out=dtype, **cache, **numbers)
+        build(attention_gpu._attend, constants, pdl=True, q=dtype, k=dtype, v=dtype, out=dtype, **cache, **numbers)
     codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
     half, constants = torch.float16, {"BITS": 4, "ZERO": False, "BATCH": 1, "PARTS": 2, "OVERLAP": True}
     build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, extra=F32, **codes, **size)

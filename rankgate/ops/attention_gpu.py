@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankgate import ops
+
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 BLOCK = 128  # keys read together
 HEADS = 1024  # at most
@@ -51,7 +53,11 @@ def _attend(
     VALUE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     head, split, last = tl.program_id(0), tl.program_id(1), tl.load(position)
     active = tl.minimum(SPLITS, last // BLOCK + 1)
     if split >= active:
@@ -118,6 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position:
     if heads > HEADS:
         raise ValueError(f"{heads} heads are more than {HEADS}")
     splits = min(64, triton.next_power_of_2(triton.cdiv(PROGRAMS, heads)))
+    overlap = ops.overlaps(q.device)
     VALUE = triton.next_power_of_2(value_width)
     out = q.new_empty((1, 1, heads, value_width))
     parts = q.new_empty(heads * splits * VALUE, dtype=torch.float32)
@@ -140,6 +147,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position:
         VALUE=VALUE,
         BLOCK=BLOCK,
         SPLITS=splits,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
         num_warps=8,
     )
     return out

@@ -43,11 +43,12 @@ def _project(
     OVERLAP: tl.constexpr,
 ):
     """parts[chunk, token, row] = B x for some rows of B and one chunk of x; norms[chunk, token] = ‖x‖²."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     block, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     r, j = block * ROWS + tl.arange(0, ROWS), chunk * CHUNK + tl.arange(0, CHUNK)
     b = tl.load(B + r[:, None] * n + j, mask=(r[:, None] < k) & (j < n), other=0.0).to(tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     for token in range(tokens):
         v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
         tl.store(parts + (chunk * tokens + token) * k + r, tl.sum(b * v, 1), mask=r < k)
@@ -112,6 +113,8 @@ def _combine(
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
     token = tl.minimum(tl.arange(0, BATCH), tokens - 1)[:, None, None]
     c = tl.arange(0, RANKS)[None, None, :]
@@ -179,6 +182,7 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
         CHUNK=chunk,
         CHUNKS=chunks,
         OVERLAP=overlap,
+        launch_pdl=overlap,
         num_warps=weights // 1024,
     )
     _combine[lambda config: (triton.cdiv(m, config["ROWS"]),)](

@@ -105,6 +105,10 @@ def _multiply(
     WORDS: tl.constexpr,
 ):
     """out = Q x + Σ extra, over its PARTS, for some rows and all tokens."""
+    if OVERLAP:
+        if PARTS == 0:  # else `refined_gpu._produce` has waited for x
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
     GROUPS: tl.constexpr = WORDS // PER
     words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER
@@ -148,7 +152,7 @@ def _multiply(
         total += s * y
     y = tl.sum(total, 2)
     place, inside = batch * m + rows, (batch < tokens) & (rows < m)
-    if OVERLAP:
+    if OVERLAP and PARTS > 0:
         tl.extra.cuda.gdc_wait()
     for part in tl.static_range(PARTS):
         y += tl.load(extra + part * tokens * m + place, mask=inside, other=0.0)
@@ -160,7 +164,7 @@ def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: T
     (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
     whole, y = _padded(x), x.new_empty((tokens, m))
     extra = None if all(part is None for part in added) else refined_gpu.added(x, m, *added)
-    overlap = extra is not None and ops.overlaps(x.device)  # then x, which they read, is there
+    overlap = ops.overlaps(x.device)
     _multiply[lambda config: (triton.cdiv(m, config["ROWS"]),)](
         *(whole, y, codes, scale, zero, extra, tokens, m, blocks, ONE),
         BITS=bits,

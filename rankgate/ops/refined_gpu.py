@@ -26,11 +26,22 @@ SLOTS = 8  # of which so many are in each step: with 16 words of a channel, one 
 
 
 @triton.jit
-def _project(x, B, factor, low, chunk, n, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr):
+def _pass_on():
+    """Wait for x, and only then let `_refine` begin, and with it `ops.quantized_gpu._multiply`, which reads x at once."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _project(
+    x, B, factor, low, chunk, n, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr
+):
     """low[chunk, token, rank] = s · B x over the inputs of one chunk."""
     j, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, RANK)
     b = tl.load(B + r[:, None] * n + j, mask=(r[:, None] < rank) & (j < n), other=0).to(tl.float32)
     s = tl.load(factor + r, mask=r < rank, other=0.0)
+    if OVERLAP:
+        _pass_on()
     for token in range(tokens):
         v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
         tl.store(low + (chunk * tokens + token) * RANK + r, tl.sum(b * v, 1) * s)
@@ -49,12 +60,15 @@ def _list(
     token,
     n,
     LISTING: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """LISTING channels of one token, the open ones first, and x_j column_j of each: 0 for a closed one."""
     j = listing * LISTING + tl.arange(0, LISTING)
-    v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
     t = tl.load(threshold + j, mask=j < n, other=float("inf")).to(tl.float32)
     c = tl.load(column + j, mask=j < n, other=0.0).to(tl.float32)
+    if OVERLAP:
+        _pass_on()
+    v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
     opened = (tl.abs(v) > t).to(tl.int32)
     before, count = tl.cumsum(opened, 0) - opened, tl.sum(opened, 0)
     i = tl.arange(0, LISTING)
@@ -85,8 +99,6 @@ def _produce(
     LISTING: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     pid, listings = tl.program_id(0), lists * tokens
     if pid < listings:
         if REFINED:
@@ -103,10 +115,11 @@ def _produce(
                 token,
                 n,
                 LISTING,
+                OVERLAP,
             )
     else:
         if RANK > 0:
-            _project(x, B, factor, low, pid - listings, n, tokens, rank, RANK, CHUNK)
+            _project(x, B, factor, low, pid - listings, n, tokens, rank, RANK, CHUNK, OVERLAP)
 
 
 @triton.jit
@@ -241,6 +254,7 @@ def added(
     _produce[chunks + lists * tokens,](
         *(x, B, factor, column, threshold, low, channels, scaled, counts, tokens, n, rank, lists),
         CHUNK=CHUNK,
+        launch_pdl=overlap,
         **common,
     )
     _refine[triton.cdiv(m, 128) * tokens * parts,](
