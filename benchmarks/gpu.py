@@ -47,7 +47,7 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> float:
 
 def copy_ceiling() -> float:
     """TB/s of a copy from device to device, counting bytes read and bytes written."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device=DEVICE).random_()
+    source = torch.empty(1 << 32, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / microseconds([lambda: target.copy_(source)] * 4) / 1e6
 

@@ -27,15 +27,13 @@ SLOTS = 8  # of which so many are in each step: with 16 words of a channel, one 
 
 @triton.jit
 def _pass_on():
-    """Wait for x, and only then let `_refine` begin, and with it `ops.quantized_gpu._multiply`, which reads x at once."""
+    """Wait for x, and only then let `_refine` begin, and with it `quantized_gpu._multiply`, which reads x at once."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def _project(
-    x, B, factor, low, chunk, n, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr
-):
+def _project(x, B, factor, low, chunk, n, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr):
     """low[chunk, token, rank] = s · B x over the inputs of one chunk."""
     j, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, RANK)
     b = tl.load(B + r[:, None] * n + j, mask=(r[:, None] < rank) & (j < n), other=0).to(tl.float32)
