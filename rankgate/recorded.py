@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
 WARM = 2  # runs before the recording, as CUDA graphs ask for; the first one compiles
-OPTIONS = {"triton.enable_pdl": True}  # a kernel starts while the one before it ends, as those of `ops` do
 ATTENTION = torch.ops.rankgate.attend_at.default, torch.ops.rankgate.attend.default
 
 
@@ -57,7 +56,8 @@ class Recorded:
 
 
 def _compile(part: fx.GraphModule) -> nn.Module:
-    return cast(nn.Module, torch.compile(part, fullgraph=True, dynamic=False, options=OPTIONS))
+    overlap = {"triton.enable_pdl": True}  # a kernel starts while the one before it ends, as those of `ops` do
+    return cast(nn.Module, torch.compile(part, fullgraph=True, dynamic=False, options=overlap))
 
 
 def lift_constants(module: fx.GraphModule) -> list[Tensor]:
