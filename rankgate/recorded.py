@@ -56,8 +56,9 @@ class Recorded:
 
 
 def _compile(part: fx.GraphModule) -> nn.Module:
-    overlap = {"triton.enable_pdl": True}  # a kernel starts while the one before it ends, as those of `ops` do
-    return cast(nn.Module, torch.compile(part, fullgraph=True, dynamic=False, options=overlap))
+    # enable_pdl: a kernel starts while the one before it ends, as those of `ops` do
+    whole = torch.compile(part, fullgraph=True, dynamic=False, options={"triton.enable_pdl": True})
+    return cast(nn.Module, whole)
 
 
 def lift_constants(module: fx.GraphModule) -> list[Tensor]:
