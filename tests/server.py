@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import subprocess
 import sys
@@ -40,8 +39,8 @@ def serving(opened: Opened, key: str | None = None, **limits: float) -> Iterator
 @contextlib.contextmanager
 def process(chat_dir: Path, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     command = [sys.executable, "-m", "rankgate.cli", "serve", str(chat_dir), "--port", "0", "--device", "cpu", *options]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
-    with log.open("w") as errors, subprocess.Popen(command, stderr=errors, preexec_fn=heard) as running:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job, and by its children
+    with log.open("w") as errors, subprocess.Popen(command, stderr=errors) as running:
         try:
             wait_for(lambda: "is served at" in log.read_text() or running.poll() is not None)
             yield running, log.read_text().split()[-1].removesuffix("/v1")
