@@ -56,7 +56,7 @@ class Recorded:
 
 
 def _compile(part: fx.GraphModule) -> nn.Module:
-    # enable_pdl: a kernel starts while the one before it ends, as those of `ops` do
+    # enable_pdl: Inductor's kernels overlap too, see `ops.overlap_gpu`
     whole = torch.compile(part, fullgraph=True, dynamic=False, options={"triton.enable_pdl": True})
     return cast(nn.Module, whole)
 

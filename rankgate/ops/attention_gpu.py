@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rankgate import ops
+from rankgate.ops.overlap_gpu import begin
 
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 BLOCK = 128  # keys read together
@@ -55,9 +56,7 @@ def _attend(
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(OVERLAP)
     head, split, last = tl.program_id(0), tl.program_id(1), tl.load(position)
     active = tl.minimum(SPLITS, last // BLOCK + 1)
     if split >= active:

@@ -2,7 +2,7 @@
 
     y = A (B x),   or W x for the tokens with ‖x − Bᵀ B x‖ > ε ‖x‖
 
-Two launches, of which the second overlaps with the first where the hardware can (programmatic dependent launch, sm_90):
+Two launches, each of which overlaps with the one before where the hardware can (see `ops.overlap_gpu`):
 
     _project    a few rows of B times a piece of x: its part of z, left in a scratch
     _combine    loads its rows of A meanwhile, waits for the first launch, adds up z, decides the gate from
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rankgate import ops
+from rankgate.ops.overlap_gpu import begin
 from rankgate.ops.tuning_gpu import tuned
 
 CHUNK = 4096  # inputs of a program of `_project`, at most
@@ -46,9 +47,7 @@ def _project(
     block, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     r, j = block * ROWS + tl.arange(0, ROWS), chunk * CHUNK + tl.arange(0, CHUNK)
     b = tl.load(B + r[:, None] * n + j, mask=(r[:, None] < k) & (j < n), other=0.0).to(tl.float32)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(OVERLAP)
     for token in range(tokens):
         v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
         tl.store(parts + (chunk * tokens + token) * k + r, tl.sum(b * v, 1), mask=r < k)

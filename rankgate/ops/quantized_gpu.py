@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from rankgate import ops
 from rankgate.ops import refined_gpu
+from rankgate.ops.overlap_gpu import begin
 from rankgate.ops.tuning_gpu import tuned
 
 SMALL = 1 << 22  # weights, below which a launch takes longer than reading them
@@ -105,10 +106,10 @@ def _multiply(
     WORDS: tl.constexpr,
 ):
     """out = Q x + Σ extra, over its PARTS, for some rows and all tokens."""
-    if OVERLAP:
-        if PARTS == 0:  # else `refined_gpu._produce` has waited for x
-            tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if PARTS == 0:
+        begin(OVERLAP)
+    elif OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # `refined_gpu._produce` has waited for x
     PER: tl.constexpr = 2 * BITS  # words of a group of 64
     GROUPS: tl.constexpr = WORDS // PER
     words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER

@@ -1,6 +1,6 @@
 """What low rank and refinement add to a quantised input group on the GPU (Triton); see `QuantizedGroup.reference`.
 
-Two launches, of which the second overlaps with the first where the hardware can (programmatic dependent launch, sm_90):
+Two launches, each of which overlaps with the one before where the hardware can (see `ops.overlap_gpu`):
 
     _produce    z: CHUNK inputs of B, all ranks; and of LISTING channels those that are open, and x_j column_j of each
     _refine     A z, or the open columns of E in some of the lists, for one token and a strip of 128 rows
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rankgate import ops
+from rankgate.ops.overlap_gpu import begin
 
 CHUNK = 512  # inputs of a program of `_produce` for z
 LISTING = 1024  # channels of one for a list
@@ -26,20 +27,12 @@ SLOTS = 8  # of which so many are in each step: with 16 words of a channel, one 
 
 
 @triton.jit
-def _pass_on():
-    """Wait for x, and only then let `_refine` begin, and with it `quantized_gpu._multiply`, which reads x at once."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def _project(x, B, factor, low, chunk, n, tokens, rank, RANK: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr):
     """low[chunk, token, rank] = s · B x over the inputs of one chunk."""
     j, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, RANK)
     b = tl.load(B + r[:, None] * n + j, mask=(r[:, None] < rank) & (j < n), other=0).to(tl.float32)
     s = tl.load(factor + r, mask=r < rank, other=0.0)
-    if OVERLAP:
-        _pass_on()
+    begin(OVERLAP)
     for token in range(tokens):
         v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
         tl.store(low + (chunk * tokens + token) * RANK + r, tl.sum(b * v, 1) * s)
@@ -64,8 +57,7 @@ def _list(
     j = listing * LISTING + tl.arange(0, LISTING)
     t = tl.load(threshold + j, mask=j < n, other=float("inf")).to(tl.float32)
     c = tl.load(column + j, mask=j < n, other=0.0).to(tl.float32)
-    if OVERLAP:
-        _pass_on()
+    begin(OVERLAP)
     v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
     opened = (tl.abs(v) > t).to(tl.int32)
     before, count = tl.cumsum(opened, 0) - opened, tl.sum(opened, 0)
