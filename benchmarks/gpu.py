@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from rankgate.core import GatedGroup, Subspace
 from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
 
 COLD = 1e9  # bytes over which calls are spread: none finds its weights in the GPU's cache, and graphs start seldom
+WARM = 0.25  # seconds of replays before any counts: after a compilation the GPU's clock is low
 REPLAYS = 15
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
@@ -33,7 +35,10 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
+    warm = time.monotonic() + WARM
+    while time.monotonic() < warm:
+        graph.replay()
+        torch.cuda.synchronize()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     for _ in range(REPLAYS):

@@ -65,8 +65,9 @@ def main() -> None:
             more = {"parts": F32, "norms": F32, "k": 130, "x": dtype, "B": dtype, "A": dtype, **size}
             constants = {"GATED": gated, "CHUNKS": 2, "OVERLAP": True}
             build(gated_gpu._project, {**constants, "ROWS": 2, "CHUNK": 512}, pdl=True, **more)
-            constants |= {"ALWAYS": False, "BATCH": 4, "COLUMNS": 128, "UNROLL": 4}
-            build(gated_gpu._combine, constants, pdl=True, y=dtype, W=dtype if gated else None, eps=0.1, **more)
+            more |= {"y": dtype, "W": dtype if gated else None, "limit": 0.1}
+            for batch in (1, 4):
+                build(gated_gpu._combine, {**constants, "BATCH": batch}, pdl=True, **more)
         constants = {"WIDTH": 64, "VALUE": 64, "BLOCK": 128, "SPLITS": 8, "OVERLAP": True}
         cache = {"cache": I64, "counters": I64, "position": I64, "parts": F32, "sums": F32}
         numbers = {"share": 3, "width": 64, "value_width": 64, "scale": 0.1}

@@ -25,7 +25,6 @@ from rankgate.ops.tuning_gpu import tuned
 
 CHUNK = 4096  # inputs of a program of `_project`, at most
 SMALL = 1 << 19  # elements of A, below which a launch takes longer than reading them
-COLUMNS = 128  # of W that a program of `_combine` reads together
 
 
 @triton.jit
@@ -65,6 +64,14 @@ def _z(parts, token, tokens, c, k, CHUNKS: tl.constexpr):
     return z
 
 
+def _config(rows: int, ranks: int, warps: int, columns: int = 128, stages: int = 1) -> triton.Config:
+    """Of `_combine`: it reads so many rows, and of A so many ranks, of W so many columns together."""
+    return triton.Config({"ROWS": rows, "RANKS": ranks, "COLUMNS": columns, "STAGES": stages}, num_warps=warps)
+
+
+TALL, WIDE = _config(32, 128, 8, stages=3), _config(8, 256, 4, columns=512)
+
+
 def _fitting(
     configs: list[triton.Config], named: dict[str, int], *, GATED: bool, BATCH: int, **__: object
 ) -> list[triton.Config]:
@@ -75,16 +82,17 @@ def _fitting(
     """
     m, n, k = (named[name] for name in "mnk")
     if GATED and BATCH == 1:
-        rows, ranks = (32, 128) if m >= n else (32, 256)
-        return [c for c in configs if (c.kwargs["ROWS"], c.kwargs["RANKS"]) == (rows, ranks)]
-    fitting = [config for config in configs if 16 <= config.kwargs["ROWS"] * BATCH <= 64]
+        return [TALL if m >= n else WIDE]
+    others = [config for config in configs if config not in (TALL, WIDE)]
+    fitting = [config for config in others if 16 <= config.kwargs["ROWS"] * BATCH <= 64]
     return fitting if m * k >= SMALL else fitting[-1:]
 
 
 @tuned(
     [
-        triton.Config({"ROWS": rows, "RANKS": ranks}, num_warps=warps)  # ranks < threads: then z needs no exchange
-        for rows, ranks, warps in ((64, 128, 8), (64, 256, 16), (32, 256, 16), (32, 128, 8), (16, 128, 8), (8, 128, 8))
+        *(TALL, WIDE),
+        # ranks < threads: then z needs no exchange
+        *(_config(*c) for c in ((64, 128, 8), (64, 256, 16), (32, 256, 16), (32, 128, 8), (16, 128, 8), (8, 128, 8))),
     ],
     key=["m", "n", "k", "GATED", "BATCH"],
     fitting=_fitting,
@@ -101,17 +109,17 @@ def _combine(
     m,
     n,
     k,
-    eps,
+    limit,
     GATED: tl.constexpr,
-    ALWAYS: tl.constexpr,
     BATCH: tl.constexpr,
     CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    UNROLL: tl.constexpr,
     OVERLAP: tl.constexpr,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
+    """y for some rows and all tokens; the gate opens where more than `limit` of ‖x‖² is outside the subspace."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
@@ -134,12 +142,10 @@ def _combine(
         for chunk in tl.static_range(1, CHUNKS):
             norm += tl.load(norms + chunk * tokens + token)
         norm = tl.sum(norm, 2)  # (BATCH, 1)
-        fire = norm - tl.sum(seen, 2) > eps * eps * norm
-        if ALWAYS:
-            fire = norm > 0
+        fire = norm - tl.sum(seen, 2) > limit * norm
         if tl.max(tl.sum(fire.to(tl.int32), 1), 0) > 0:
             whole = tl.zeros((BATCH, ROWS, COLUMNS), tl.float32)
-            for start in tl.range(0, n, COLUMNS, num_stages=1, loop_unroll_factor=UNROLL):
+            for start in tl.range(0, n, COLUMNS, num_stages=STAGES):
                 j = start + tl.arange(0, COLUMNS)[None, None, :]
                 w = tl.load(W + row * n + j, mask=(row < m) & (j < n), other=0.0)
                 v = tl.load(x + token * n + j, mask=j < n, other=0.0)
@@ -195,13 +201,10 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
         m,
         n,
         k,
-        eps or 0.0,
+        eps * eps if eps else -1.0,  # ε = 0: always, however z was rounded
         GATED=W is not None,
-        ALWAYS=not eps,
         BATCH=triton.next_power_of_2(tokens),
         CHUNKS=chunks,
-        COLUMNS=COLUMNS,
-        UNROLL=1 if m >= n else 4,  # of the steps along W, so that enough loads are under way
         OVERLAP=overlap,
         launch_pdl=overlap,
     )
