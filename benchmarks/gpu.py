@@ -80,8 +80,12 @@ def quantized(m: int, n: int, bits: int = 4, rank: int = 0, opened: float = 0.0)
     def random(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
         return torch.randint(low, high, shape, device=DEVICE).to(dtype)
 
+    def nibbles(*shape: int) -> Tensor:
+        """Pairs of codes around 8: a matrix with another mean passes on little else of what is never negative."""
+        return random(1, 16, *shape, dtype=torch.uint8) | random(1, 16, *shape, dtype=torch.uint8) << 4
+
     blocks = -(-n // GROUP)
-    codes = random(0, 256, m, blocks * GROUP // 2, dtype=torch.uint8) if bits == 4 else random(-128, 128, m, n)
+    codes = nibbles(m, blocks * GROUP // 2) if bits == 4 else random(-127, 128, m, n)
     scale = (0.5 + torch.rand(m, blocks, device=DEVICE)) / (4.6 if bits == 4 else 74) / n**0.5  # outputs like x
     base = QuantizedMatrix(
         n,
@@ -95,7 +99,7 @@ def quantized(m: int, n: int, bits: int = 4, rank: int = 0, opened: float = 0.0)
         low_rank = LowRank(*factors, torch.rand(rank, device=DEVICE) / (74**2 * n))
     if opened:
         level = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - opened / 2)))
-        plane = random(0, 256, -(-m // GROUP) * n * GROUP // 2, dtype=torch.uint8)
+        plane = nibbles(-(-m // GROUP) * n * GROUP // 2)
         row, column = torch.rand(m, device=DEVICE) / n**0.5, torch.rand(n, device=DEVICE) / 16
         threshold = torch.full((n,), level, device=DEVICE)
         refinement = Refinement(m, plane, *(v.to(torch.bfloat16) for v in (row, column, threshold)))
