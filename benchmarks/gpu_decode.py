@@ -32,16 +32,17 @@ from provenance import COMMIT, RESULTS, SEED, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, OPTConfig, PreTrainedModel
 
-from rankgate import decode
 from rankgate.calibration import calibrate
 from rankgate.convert import convert_
 from rankgate.core import GroupedLinear, LinearGroup
+from rankgate.decode import decode
 from rankgate.gates import record_gates
 from rankgate.groups import input_groups, linears, shape
 from rankgate.methods import GSIConfig, Int4Config, Int8Config, LRQConfig, SVDConfig
 from rankgate.pipeline import open_dense
 from rankgate.quantized import QuantizedGroup
 from rankgate.reads import weight_reads
+from rankgate.steps import captured
 
 PROMPT, FEW, MANY = 64, 32, 128
 PROMPTS, SAME = 20, 100  # prompts whose text is compared, and its tokens
@@ -50,7 +51,7 @@ K, SVD_THEORY = 256, 2.9
 TORCHAO = importlib.util.find_spec("torchao") is not None
 LOOPS: dict[str, dict[str, Any]] = {
     "generate": {},
-    "engine": {"custom_generate": decode.decode},
+    "engine": {"custom_generate": decode},
     "generate, compiled": {"cache_implementation": "static"},  # which transformers compiles by itself
 }
 MODELS = {
@@ -237,7 +238,7 @@ def figures(model: PreTrainedModel, ids: Tensor, loop: str) -> dict[str, Any]:
 
 
 def graph_of(model: PreTrainedModel) -> torch.cuda.CUDAGraph:
-    _, capture = decode._captures.get(model, (None, None))
+    capture = captured(model)
     if capture is None:
         raise RuntimeError(f"{type(model).__name__} was not captured")
     graph: torch.cuda.CUDAGraph = cast(Any, capture.bind).__self__.graph

@@ -1,4 +1,4 @@
-"""One decode step of a model as a flat list of tensor operations.
+"""One decode step of a model, over one token or several, as a flat list of tensor operations.
 
 At batch 1 a small model spends more time in the Python of its modules than in its weights. But every token after the
 prompt does the same: the same operations, in the same order, on tensors of the same shapes. So the model's own
@@ -34,11 +34,10 @@ from rankgate.ops.attention import attend
 from rankgate.ops.cpu import gemv
 from rankgate.ops.fused import fuse
 
-Step = Callable[[Tensor, Tensor], Tensor]  # logits (1, vocabulary) from a token and its position, both (1, 1) int64
+Step = Callable[[Tensor, Tensor], Tensor]  # logits (tokens, vocabulary) from tokens and positions, (1, tokens) int64
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
 KNOWN = {"dropout", "position_ids", "use_cache", "is_causal", "past_key_values", "cache_position", "return_dict"}
-POSITIONS = 2, 5  # of the two traces, in a scratch cache of SCRATCH tokens
-SCRATCH = 8
+POSITIONS = 2, 5  # where the two traces begin
 BOUND = {
     "default",
     "Tensor",
@@ -105,7 +104,7 @@ class _TracedLayer(CountedLayer):
         return self.keys, self.values
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
-        """One operation: store the new entry, attend to all (1, 1, heads, width)."""
+        """One operation: store the new entries, attend to all before each (1, tokens, heads, width)."""
         if self.entry is None or self.attended:
             raise Uncapturable("a layer's attention does not follow its cache update")
         self.attended = True
@@ -121,7 +120,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, for one traced query token."""
+    """transformers' attention interface, for what is traced."""
     unknown = [name for name, x in kwargs.items() if name not in KNOWN and x is not None and x is not False]
     if attention_mask is not None or unknown:
         raise Uncapturable(f"its attention takes {', '.join(unknown) or 'a mask'}")
@@ -145,7 +144,7 @@ def _older_attention(
 
 
 def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> None:
-    """transformers' mask interface: one query token sees everything before it, if nothing else is asked for.
+    """transformers' mask interface: a query token sees itself and everything before, if nothing else is asked for.
 
     A padding mask can only be one that the model made for itself, all ones: the decode loop gives none.
     """
@@ -183,7 +182,7 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
 def _trace(
     model: PreTrainedModel, options: dict[str, Any], inputs: list[Tensor], buffers: list[Tensor], at: int
 ) -> Any:
-    """The model's forward for one token at position `at`; for inputs and buffers see `_example`."""
+    """The model's forward for tokens from position `at` on; for inputs and buffers see `_example`."""
 
     def step(token: Tensor, position: Tensor, *cache: Tensor) -> Tensor:
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -199,27 +198,30 @@ def _trace(
         out = model(**{**options, **place, "input_ids": token, "past_key_values": Cache(layers=list(layers))})
         if not all(layer.attended for layer in layers):
             raise Uncapturable("a layer's attention does not use transformers' attention interface")
-        logits: Tensor = out.logits[:, -1]
+        logits: Tensor = out.logits[0]
         return logits
 
     with _own_attention(model):
         return make_fx(step, pre_dispatch=True)(*inputs)
 
 
-def _example(model: PreTrainedModel, shapes: list[torch.Size], at: int) -> tuple[list[Tensor], list[Tensor]]:
+def _example(
+    model: PreTrainedModel, shapes: list[torch.Size], tokens: int, at: int
+) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs of a step, and the buffers of its scratch cache.
 
-    Inputs: a token, its position, and the cache: all its buffers, or on a GPU the one table that tells where they are.
+    Inputs: tokens, their positions, and the cache: all its buffers, or on a GPU the one table that tells where they
+    are.
     """
-    device = model.device
-    buffers = [torch.zeros((1, g, SCRATCH, width), dtype=model.dtype, device=device) for _, g, _, width in shapes]
+    device, room = model.device, max(POSITIONS) + tokens
+    buffers = [torch.zeros((1, g, room, width), dtype=model.dtype, device=device) for _, g, _, width in shapes]
     cache = buffers
     if device.type == "cuda":
         from rankgate.ops.attention_gpu import table
 
         cache = [table(buffers)]
-    token = torch.zeros((1, 1), dtype=torch.long, device=device)
-    return [token, torch.full_like(token, at), *cache], buffers
+    positions = torch.arange(at, at + tokens, device=device)[None]
+    return [torch.zeros_like(positions), positions, *cache], buffers
 
 
 class Capture:
@@ -227,14 +229,17 @@ class Capture:
 
     Args:
         model: on one device, in evaluation mode.
-        options: keyword arguments of `model.forward` for one token, as generate() would pass them.
+        options: keyword arguments of `model.forward` for so many tokens, as generate() would pass them.
         shapes: of every layer's keys and values, alternating: (1, heads, any, width).
+        tokens: that a step reads at once.
 
     Raises `Uncapturable`, or whatever the trace raises.
     """
 
-    def __init__(self, model: PreTrainedModel, options: dict[str, Any], shapes: list[torch.Size]) -> None:
-        examples = [_example(model, shapes, at) for at in POSITIONS]
+    def __init__(
+        self, model: PreTrainedModel, options: dict[str, Any], shapes: list[torch.Size], tokens: int = 1
+    ) -> None:
+        examples = [_example(model, shapes, tokens, at) for at in POSITIONS]
         first, second = (_trace(model, options, *example, at) for example, at in zip(examples, POSITIONS, strict=True))
         if not _same(first, second):
             raise Uncapturable("what it computes in Python depends on the position")
@@ -251,7 +256,7 @@ class Capture:
             self.bind = functools.partial(_bound, _compile(first.graph), constants)
 
     def __call__(self, token: Tensor, position: Tensor, buffers: list[Tensor]) -> Tensor:
-        """Logits (1, vocabulary). token, position: (1, 1) int64; buffers: keys and values by layer, alternating."""
+        """Logits (tokens, vocabulary). token, position: (1, tokens) int64; buffers: keys and values, alternating."""
         return self.bind(buffers)(token, position)
 
 

@@ -18,7 +18,6 @@ drafted tokens, too, and must not.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,15 +29,16 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from rankgate.decode import Steps, fast_generate, unsupported
+from rankgate.decode import fast_generate
 from rankgate.errors import RankgateError
+from rankgate.readers import Reader, follow, open_reader
 
 LONGEST = 16  # run of drafted tokens
 FIRST = 4  # length of a run while little is known
 TRIALS = 3  # runs of that length; the first may compile kernels
 PAUSE = 64  # tokens without a draft once drafting does not pay; after each next time twice as many
 PLAIN = 2  # dense passes over one token, to know their time
-USUAL = 2  # new tokens at most, if the draft took part in the round before
+PADDED = {"cuda"}  # where a pass over LONGEST + 1 tokens takes no longer than one over a few
 FORGET = 0.98  # weight of a verdict for each one that follows: about the last fifty count
 
 
@@ -107,101 +107,10 @@ def best_length(acceptance: float, costs: Costs) -> int:
     return max(range(LONGEST + 1), key=rate)
 
 
-class Timed:
-    """How long reading took at least, in seconds, by the number of tokens read at once: what else happens only adds."""
-
-    def __init__(self) -> None:
-        self.least: dict[int, float] = {}
-
-    def note(self, tokens: int, start: float) -> None:
-        self.least[tokens] = min(time.perf_counter() - start, self.least.get(tokens, float("inf")))
-
-
-class Reader(Timed):
-    """A model and its cache, reading one text by ordinary forward passes."""
-
-    def __init__(self, model: PreTrainedModel, kwargs: Mapping[str, Any], cache: DynamicCache) -> None:
-        super().__init__()
-        self.model, self.cache = model, cache
-        self.kwargs = {**kwargs, "past_key_values": cache}
-        self.length = 0  # tokens in the cache
-
-    def read(self, ids: Tensor) -> Tensor:
-        """Read what is new in `ids` (1, tokens), at once: logits (new, vocabulary), of the prompt only the last row."""
-        start, new, first = time.perf_counter(), ids.shape[1] - self.length, self.length == 0
-        kwargs = {**self.kwargs}
-        if kwargs.get("attention_mask") is not None:
-            kwargs["attention_mask"] = torch.ones_like(ids)
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
-        if "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = 1 if first else new
-        prepare = cast(Any, self.model).prepare_inputs_for_generation
-        inputs = prepare(ids, next_sequence_length=new, is_first_iteration=first, **kwargs)
-        logits = _numbers(self.model(**{**inputs, "return_dict": True}).logits[0, -1 if first else -new :])
-        self.length = ids.shape[1]
-        if not first:
-            self.note(new, start)
-        return logits
-
-    def follow(self, ids: Tensor) -> Tensor:
-        """Read what is new in `ids` token by token, as kernels for one token have it: the last logits (1, vocab).
-
-        After a pause, all but the last token at once.
-        """
-        if ids.shape[1] - self.length > USUAL:
-            self.read(ids[:, :-1])
-        for end in range(self.length + 1, ids.shape[1] + 1):
-            logits = self.read(ids[:, :end])
-        return logits
-
-    def forget(self, length: int) -> None:
-        """Drop from the cache all but the first `length` tokens."""
-        if length < self.length:
-            self.cache.crop(length - self.length)
-            self.length = length
-
-
-class Stepper(Timed):
-    """A model that reads one text by captured steps (see `decode`), `prompt` first."""
-
-    def __init__(self, model: PreTrainedModel, prompt: Tensor, kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.steps = Steps(model, prompt, kwargs)
-        self.steps.prompt()
-
-    def follow(self, ids: Tensor) -> Tensor:
-        """As `Reader.follow`."""
-        if ids.shape[1] - self.steps.length > USUAL:
-            self.steps.read(ids[:, self.steps.length : -1])
-        threads = torch.get_num_threads()
-        try:
-            for i in range(self.steps.length, ids.shape[1]):
-                start = time.perf_counter()
-                logits = _numbers(self.steps.next(ids[:, i : i + 1]))
-                self.note(1, start)
-        finally:
-            torch.set_num_threads(threads)
-        return logits
-
-    def forget(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        if length < self.steps.length:
-            self.steps.rewind(length)
-
-
-def _numbers(logits: Tensor) -> Tensor:
-    """A float32 copy. Raises RankgateError if there is a NaN in it."""
-    logits = logits.to(torch.float32, copy=True)
-    if bool(logits.isnan().any()):
-        raise RankgateError("a model gave scores that are not numbers; drafting and verifying need numbers")
-    return logits
-
-
 class Pace:
     """How many tokens to draft next, by what was accepted and how long it took so far."""
 
-    def __init__(self, dense: Timed, draft: Timed, costs: Costs | None, statistics: Statistics) -> None:
+    def __init__(self, dense: Reader, draft: Reader, costs: Costs | None, statistics: Statistics) -> None:
         self.dense, self.draft, self.given, self.statistics = dense, draft, costs, statistics
         self.accepted = self.refused = 0.0
         self.runs = 0  # since the start, or the last pause
@@ -270,8 +179,10 @@ class Exact:
         """
         _check(model, self.draft, input_ids, generation_config, model_kwargs)
         self.statistics = statistics = Statistics()
-        dense = Reader(model, model_kwargs, model_kwargs["past_key_values"])
-        draft = self._reader(input_ids[:, :-1], generation_config, model_kwargs)
+        longest = LONGEST + 1 if model.device.type in PADDED else 1
+        dense = open_reader(model, input_ids, generation_config, model_kwargs, longest)
+        own = {**model_kwargs, "past_key_values": DynamicCache(config=self.draft.config)}
+        draft = open_reader(self.draft, input_ids, generation_config, own, 1)
         pace = Pace(dense, draft, self.costs, statistics)
         choice = _Choice(logits_processor, bool(generation_config.do_sample))
         ids, done = input_ids, False
@@ -279,7 +190,7 @@ class Exact:
             room = cast(int, generation_config.max_length) - ids.shape[1] - 1
             ahead, beliefs = ids, []
             for _ in range(min(pace.next(), room) if dense.length else 0):
-                beliefs.append(choice.probabilities(ahead, draft.follow(ahead)))
+                beliefs.append(choice.probabilities(ahead, follow(draft, ahead)))
                 ahead = torch.cat([ahead, choice.draw(beliefs[-1])], dim=-1)
             accepted, drafted = 0, True
             for token, drafted in _verified(choice, ids, ahead, beliefs, dense.read(ahead)):
@@ -297,22 +208,6 @@ class Exact:
         if streamer is not None:
             streamer.end()
         return ids
-
-    def _reader(self, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Reader | Stepper:
-        """The draft, after the tokens `ids`; captured where `decode` does so, which on a GPU is to be tried yet."""
-        cache = DynamicCache(config=self.draft.config)
-        kwargs = {**kwargs, "past_key_values": cache}
-        kwargs |= {
-            name: kwargs[name][:, :-1]
-            for name in ("attention_mask", "position_ids")
-            if torch.is_tensor(kwargs.get(name))
-        }
-        if ids.shape[1] and ids.device.type == "cpu" and unsupported(self.draft, ids, config, kwargs) is None:
-            return Stepper(self.draft, ids, kwargs)
-        reader = Reader(self.draft, kwargs, cache)
-        if ids.shape[1]:
-            reader.read(ids)
-        return reader
 
 
 def exact_generate(

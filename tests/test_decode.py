@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Stoppi
 from transformers.generation.streamers import BaseStreamer
 
 from rankgate import capture
-from rankgate import decode as module
+from rankgate import steps as module
 from rankgate.convert import convert_, twin
 from rankgate.core import InputGroup
 from rankgate.decode import decode, fast_generate
@@ -21,6 +21,7 @@ from rankgate.methods import ASVDConfig, GSIConfig, LRQConfig, SparseConfig
 from rankgate.ops.attention import attend, attend_reference
 from rankgate.ops.fused import norm, norm_definition, rotary, rotary_definition
 from rankgate.recorded import lift_constants, share_layers
+from rankgate.steps import Steps
 
 METHODS = {
     "dense": None,
@@ -48,8 +49,7 @@ def variant(architecture, method, dtype=torch.float32):
 
 
 def captured(model):
-    entry = module._captures.get(model)
-    return entry is not None and entry[1] is not None
+    return module.captured(model) is not None
 
 
 def both(model, ids, **options):
@@ -81,7 +81,7 @@ def test_bfloat16_steps_are_as_close_to_float32_as_the_model_is(architecture, mo
     ids = tokens(1, 20)
     both(model, ids[:, :4])
     assert captured(model)
-    capture = module._captures[model][1]
+    capture = module.captured(model)
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
         model(input_ids=ids[:, :1], past_key_values=cache)
@@ -190,14 +190,14 @@ def test_other_generation_modes_are_refused():
 def test_weights_that_change_in_place_are_seen(architecture):
     model, ids = variant(architecture, "asvd"), tokens(1, 6)
     before = both(model, ids)[1]
-    capture = module._captures[model][1]
+    capture = module.captured(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
     expected, got = both(model, ids)
     assert torch.equal(expected, got)
     assert not torch.equal(before, got)
-    assert module._captures[model][1] is capture
+    assert module.captured(model) is capture
 
 
 def test_what_is_replaced_is_seen():
@@ -352,7 +352,7 @@ def test_chains_are_fused_where_they_fit():
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model("llama", dtype)
         both(model, tokens(1, 6))
-        names = module._captures[model][1].bind.args[0].__globals__.values()
+        names = module.captured(model).bind.args[0].__globals__.values()
         counts[dtype] = [sum(f is kernel for f in names) for kernel in (norm, rotary)]
     assert counts == {torch.float32: [5, 4], torch.bfloat16: [0, 0]}
 
@@ -363,7 +363,7 @@ def test_layers_that_do_the_same_are_compiled_once(method):
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "num_hidden_layers": 4})).eval()
     if METHODS[method] is not None:
         convert_(model, METHODS[method], calibrated(model, sensitivity=METHODS[method].needs_sensitivity))
-    inputs, buffers = capture._example(model, [torch.Size([1, 2, 8, 8])] * 8, 2)
+    inputs, buffers = capture._example(model, [torch.Size([1, 2, 8, 8])] * 8, 1, 2)
     options = {"use_cache": True, "position_ids": inputs[1], "return_dict": True}
     with torch.no_grad():
         trace = capture._trace(model, options, inputs, buffers, 2)
@@ -376,3 +376,30 @@ def test_layers_that_do_the_same_are_compiled_once(method):
     calls = whole.graph.find_nodes(op="call_module")
     assert len({id(whole.get_submodule(node.target)) for node in calls}) == 3 + 4
     assert len(calls) == 9
+
+
+@pytest.mark.parametrize("method", ["dense", "lrq"])
+@pytest.mark.parametrize("architecture", sorted(CAPTURED))
+def test_several_tokens_in_a_captured_step(architecture, method, monkeypatch):
+    """Whatever is appended to fill the step, whatever is taken back, and when the cache grows."""
+    monkeypatch.setattr(module, "CAPACITY", 8)
+    model, ids = variant(architecture, method), tokens(1, 30)
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+        kwargs = {"past_key_values": DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}
+        kwargs["position_ids"] = torch.arange(3)[None]
+        steps = Steps(model, ids[:, :3], kwargs)
+        rows = [steps.prompt()]
+        for count in (2, 5, 1, 5, 4):
+            end = steps.length + count
+            if count > 1:
+                wrong = ids[:, steps.length : end].flip(1)
+                steps.read_captured(wrong, 5)
+                steps.rewind(end - count)
+                rows.append(steps.read_captured(ids[:, end - count : end], 5))
+            else:
+                rows.append(steps.next(ids[:, end - 1 : end]))
+        rows.append(steps.read(ids[:, steps.length : 27]))
+        rows.append(steps.read_captured(ids[:, 27:], 5))
+    assert {1, 5} == set(module._captures[model][1]) and None not in module._captures[model][1].values()
+    torch.testing.assert_close(torch.cat(rows), expected[2:], rtol=1e-3, atol=1e-3)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessorList,
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
-from rankgate import checkpoint, cli, exact
+from rankgate import checkpoint, cli, exact, steps
 from rankgate.convert import convert_, converted_layers, share_, twin
 from rankgate.errors import RankgateError
 from rankgate.exact import Costs, Exact, Statistics, best_length, describe, exact_generate
@@ -41,9 +41,16 @@ def greedy(ids, new=24, **options):
     return {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 1, **length, **options}
 
 
+@pytest.fixture(params=["as it is", "padded"])
+def padded(request, monkeypatch):
+    """Verification as on a GPU, too: captured, over more tokens than there are."""
+    if request.param == "padded":
+        monkeypatch.setattr(exact, "PADDED", {"cpu"})
+
+
 @pytest.mark.parametrize("name", ["dense", "int8", "svd"])
 @pytest.mark.parametrize("architecture", ATTENTIVE)
-def test_greedy_text_is_the_dense_one(architecture, name):
+def test_greedy_text_is_the_dense_one(architecture, name, padded):
     model, draft = pair(architecture, name)
     for length in (7, 1):
         ids = tokens(1, length, seed=length)
@@ -61,8 +68,9 @@ def test_greedy_text_is_the_dense_one(architecture, name):
 
 
 @pytest.mark.parametrize("name", ["svd", "context"])
-def test_refused_drafts_leave_no_trace(name):
-    """Drafts of the wrong kind are refused now and then, in the middle of runs."""
+def test_refused_drafts_leave_no_trace(name, padded, monkeypatch):
+    """Drafts of the wrong kind are refused now and then, in the middle of runs, also when the cache grows there."""
+    monkeypatch.setattr(steps, "CAPACITY", 8)
     model, draft = pair("gpt2", name)
     ids = tokens(1, 7, seed=7)
     got, seen = exact_generate(model, draft, ids, costs=Costs(0.01), **greedy(ids, 40))
@@ -240,14 +248,14 @@ def test_drafting_pauses_where_it_does_not_pay():
     assert describe(Statistics(new_tokens=3, dense_passes=3).record()) == "nothing drafted, 3 dense passes for 3 tokens"
 
 
-@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("ordinary", ["none", "draft", "dense"])
 @pytest.mark.parametrize("architecture", ATTENTIVE)
-def test_after_a_pause_the_draft_reads_what_it_missed(architecture, captured, monkeypatch):
+def test_after_a_pause_the_draft_reads_what_it_missed(architecture, ordinary, padded, monkeypatch):
     """A draft that is the dense model, but costs as much, is tried again and again, and always right."""
     monkeypatch.setattr(exact, "PAUSE", 5)
     model, draft = pair(architecture, "dense")
-    if not captured:
-        draft.register_forward_hook(lambda *_: None)
+    if ordinary != "none":  # what has a hook is not captured
+        (draft if ordinary == "draft" else model).register_forward_hook(lambda *_: None)
     ids = tokens(1, 7)
     got, seen = exact_generate(model, draft, ids, costs=Costs(1.0), **greedy(ids, 50))
     assert torch.equal(got, model.generate(ids, **greedy(ids, 50)))

@@ -6,7 +6,7 @@ from conftest import tiny_model, tokens
 from test_decode import CAPTURED, METHODS, MODES, Recorder, both, captured, variant
 from transformers import PreTrainedModel
 
-from rankgate import decode as module
+from rankgate import steps as module
 from rankgate.calibration import calibrate
 from rankgate.convert import convert_
 from rankgate.decode import fast_generate
@@ -39,8 +39,8 @@ def test_one_graph_serves_every_sequence_and_length(monkeypatch: pytest.MonkeyPa
         expected, got = both(model, tokens(1, length, seed=length).cuda(), max_new_tokens=new, min_new_tokens=new)
         assert torch.equal(expected, got)
         if length == 3:
-            graph = module._captures[model][1]
-    assert module._captures[model][1] is graph
+            graph = module.captured(model)
+    assert module.captured(model) is graph
 
 
 def test_a_sequence_within_a_sequence():

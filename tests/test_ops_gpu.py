@@ -90,13 +90,13 @@ def test_attention_along_a_text(heads: tuple[int, int, int, int], dtype: torch.d
     caches = [[random(1, G, 150, w) for w in (d, e, d, e)] for _ in "ab"]
     caches[1] = [buffer.clone() for buffer in caches[0]]
     cache = attention_gpu.table(caches[0])
-    for at in (0, 63, 149):
-        q, k, v = random(1, H, 1, d), random(1, G, 1, d), random(1, G, 1, e)
-        position = torch.tensor([[at]], device=DEVICE)
+    for at, count in ((0, 1), (63, 1), (149, 1), (0, 3), (126, 5)):
+        q, k, v = random(1, H, count, d), random(1, G, count, d), random(1, G, count, e)
+        position = torch.arange(at, at + count, device=DEVICE)[None]
         y = attention_gpu.attend(q, k, v, cache, 1, position, 0.3)
         wide = [buffer.float() for buffer in caches[1][2:]]
         exact = attend_reference(q.float(), k.float(), v.float(), *wide, position, 0.3)
-        assert y.shape == (1, 1, H, e)
+        assert y.shape == (1, count, H, e)
         assert y.dtype == dtype
         eps = torch.finfo(dtype).eps if dtype != torch.float32 else 0
         assert ((y.float() - exact).abs() <= eps * exact.abs() + 1e-5).all()

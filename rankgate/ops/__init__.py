@@ -88,7 +88,7 @@ _library.impl("gated", _gated_gpu, "CUDA")
 _library.impl("gated", lambda x, B, A, W, eps: x.new_empty((*x.shape[:-1], A.shape[0])), "Meta")
 _library.define("attend_at(Tensor q, Tensor k, Tensor v, Tensor cache, int layer, Tensor position, float s) -> Tensor")
 _library.impl("attend_at", _attend_at, "CUDA")
-_library.impl("attend_at", lambda q, k, v, *_: q.new_empty((1, 1, q.shape[1], v.shape[3])), "Meta")
+_library.impl("attend_at", lambda q, k, v, *_: q.new_empty((1, *q.shape[2:0:-1], v.shape[3])), "Meta")
 
 
 def gated(group: GatedGroup, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention of one new token over a preallocated cache, on the CPU.
+"""Attention of new tokens, mostly one, over a preallocated cache, on the CPU.
 
     out_h = Σ_t softmax_t(s q_h · k_t) v_t,    t = 0 … p,    h = 0 … H − 1
 
@@ -6,7 +6,7 @@ Query heads share key heads in groups of H / G. The op also stores the new key a
 traced decode step has one node per layer, whose shapes do not depend on p: p is read from a tensor.
 
 One thread, every key and value read once per group of query heads, float32 accumulation. Not covered: masks, windows,
-soft caps, sinks, more than one query token.
+soft caps, sinks; and, but for the definition, more than one new token.
 """
 
 from __future__ import annotations
@@ -121,31 +121,33 @@ def _attend(
 def attend_reference(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float
 ) -> Tensor:
-    """The definition; also the path of dtypes and devices without a kernel."""
+    """The definition; also the path of dtypes, devices and numbers of tokens without a kernel."""
     at = position.flatten()
     keys.index_copy_(2, at, k)
     values.index_copy_(2, at, v)
-    end = int(at) + 1
-    out = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], scale=scale, enable_gqa=True)
+    end = int(at[-1]) + 1
+    seen = torch.arange(end, device=at.device) <= at[:, None]
+    known = keys[:, :, :end], values[:, :, :end]
+    out = F.scaled_dot_product_attention(q, *known, attn_mask=seen, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float) -> Tensor:
-    """Store one token's key and value at `position`, and attend to positions 0 … `position`.
+    """Store the keys and values of T tokens at their positions; each attends to all positions up to its own.
 
     Args:
-        q: (1, H, 1, d), with H a multiple of G.
-        k: (1, G, 1, d).
-        v: (1, G, 1, e).
+        q: (1, H, T, d), with H a multiple of G.
+        k: (1, G, T, d).
+        v: (1, G, T, e).
         keys: (1, G, capacity, d), contiguous; written in place.
         values: (1, G, capacity, e), contiguous; written in place.
-        position: (1, 1) int64, below the capacity. Not checked here: the decode loop owns it.
+        position: (1, T) int64, ascending, below the capacity. Not checked here: the decode loop owns it.
         scale: s.
 
-    Returns (1, 1, H, e).
+    Returns (1, T, H, e).
     """
     half = keys.dtype == torch.bfloat16
-    if not (half or keys.dtype == torch.float32) or keys.device.type != "cpu":
+    if not (half or keys.dtype == torch.float32) or keys.device.type != "cpu" or q.shape[2] > 1:
         return attend_reference(q, k, v, keys, values, position, scale)
     _, groups, capacity, width = keys.shape
     heads, value_width = q.shape[1], values.shape[3]
