@@ -1,11 +1,12 @@
-"""Exact mode on SmolLM2-135M, dense in float32, with drafts of several methods: results/exact.json.
+"""Exact mode on SmolLM2-135M, dense in float32, with drafts of several methods: results/exact_cpu.json.
 
-    python benchmarks/exact.py ../shared/data/wikitext-2
+    python benchmarks/exact.py ../shared/data/wikitext-2 [--device cuda] [--prompts 20] [--model PATH]
 
 WikiText-2 test, 50 prompts of 32 tokens, 128 new ones, greedy. On each prompt dense `generate()`, the dense model in
 our loop and exact mode with every draft take turns, timed; what is reported is the share of identical texts, what was
 accepted, and how many times as fast as dense `generate()` the median text was written. `lrq` is calibrated on
-WikiText-2 valid. The file is written after every prompt. Half an hour on two cores that do nothing else.
+WikiText-2 valid. The file is written after every prompt. Half an hour on two cores that do nothing else; on a GPU it is
+called exact_h100.json and the like.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import device_name
 from provenance import write
 
 from rankgate.calibration import calibrate
@@ -29,7 +31,7 @@ from rankgate.pipeline import open_dense
 from rankgate.terminal import quiet_libraries
 
 DENSE = "none: dense, decode"
-MODEL, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = "smollm2-135m", 50, 32, 128
+MODEL, PROMPT_TOKENS, NEW_TOKENS = "smollm2-135m", 32, 128
 CONTEXT, CALIBRATION_TOKENS = 512, 4096
 DRAFTS: dict[str, Method] = {
     "lrq r=16 refine=0.05": LRQConfig(rank=16, refine=0.05),
@@ -42,10 +44,14 @@ DRAFTS: dict[str, Method] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with valid.txt and test.txt")
-    data = parser.parse_args().data
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--model", default=MODEL)
+    arguments = parser.parse_args()
+    data, device = arguments.data, torch.device(arguments.device)
     quiet_libraries()
-    opened = open_dense(MODEL)
-    prompts = opened.windows(str(data / "test.txt"), PROMPTS * PROMPT_TOKENS, PROMPT_TOKENS)
+    opened = open_dense(arguments.model, arguments.device)
+    prompts = opened.windows(str(data / "test.txt"), arguments.prompts * PROMPT_TOKENS, PROMPT_TOKENS).to(device)
     stats = calibrate(
         opened.model, opened.windows(str(data / "valid.txt"), CALIBRATION_TOKENS, CONTEXT), sensitivity=True
     )
@@ -59,6 +65,9 @@ def main() -> None:
         generate(opened.model, prompts[:1], loop)  # compiles kernels and captures steps
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in loops}
     settings = {"model": MODEL, "text": "WikiText-2 test", "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+    name_of_device = "cpu"
+    if device.type == "cuda":
+        settings["device"], name_of_device = torch.cuda.get_device_name(), device_name()
     for prompt in prompts.split(1):
         expected, dense_s = generate(opened.model, prompt, None)
         for name, loop in loops.items():
@@ -66,7 +75,7 @@ def main() -> None:
             drafts = vars(loop.statistics) if isinstance(loop, Exact) else {}
             rows[name].append({"identical": torch.equal(expected, got), "speedup": dense_s / seconds, **drafts})
         results = [{"draft": name, **summary(texts)} for name, texts in rows.items()]
-        write("exact", settings, results)
+        write(f"exact_{name_of_device}", settings, results)
         print(results, flush=True)
 
 

@@ -55,7 +55,7 @@ def documents() -> dict[Path, str]:
                 render_attention.quality(load("attention_quality"), source(load("attention_quality"))),
                 render_attention.selection(load("attention"), source(load("attention"))),
                 *(render_attention.speed(content, source(content)) for content in of_devices("attention_speed")),
-                render_ecosystem.exact(load("exact"), source(load("exact"))),
+                *(render_ecosystem.exact(content, source(content)) for content in of_devices("exact")),
                 render_ecosystem.harness(load("harness"), source(load("harness"))),
                 render_ecosystem.serving(load("serving"), source(load("serving"))),
                 *gpus(),

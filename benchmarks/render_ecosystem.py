@@ -19,7 +19,7 @@ EXACT = (
 
 def exact(content: dict[str, Any], source: str) -> str:
     settings, results = content["settings"], content["results"]
-    return f"""## Exact mode (CPU)
+    return f"""## Exact mode ({settings.get("device", "CPU")})
 
 {settings["model"]} in float32, {results[0]["texts"]} prompts of {settings["prompt_tokens"]} tokens from
 {settings["text"]}, {settings["new_tokens"]} new tokens each, greedy. The converted model drafts, the dense one

@@ -18,6 +18,7 @@ drafted tokens, too, and must not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -135,13 +136,21 @@ class Pace:
             return 0
         if self.runs < TRIALS:
             return FIRST
-        acceptance = (self.accepted + 1) / (self.accepted + self.refused + 2)
-        best = best_length(acceptance, self.given or self.measured())
+        best = best_length(self.hoped(), self.given or self.measured())
         if best == 0:
             self.statistics.pauses += 1
             self.rest, self.pause = self.pause, 2 * self.pause
             self.runs, self.accepted, self.refused = 0, 0.0, 0.0
         return best
+
+    def hoped(self) -> float:
+        """What acceptance may be: its mean and one standard deviation, by what was seen and a uniform prior.
+
+        With the mean alone, a draft whose first tokens happen to be refused would not be seen again for some time.
+        """
+        count = self.accepted + self.refused
+        mean = (self.accepted + 1) / (count + 2)
+        return mean + math.sqrt(mean * (1 - mean) / (count + 3))
 
     def measured(self) -> Costs:
         """From the least times so far."""

@@ -16,6 +16,7 @@ from rankgate.errors import RankgateError
 from rankgate.exact import Costs, Exact, Statistics, best_length, describe, exact_generate
 from rankgate.methods import GSIConfig, Int8Config, SVDConfig
 from rankgate.pipeline import open_pair
+from rankgate.readers import Ordinary
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without the fast path")
 ATTENTIVE = ("gpt2", "gptj", "llama", "opt", "qwen2")
@@ -246,6 +247,18 @@ def test_drafting_pauses_where_it_does_not_pay():
     assert seen.pauses == 1 and seen.runs == exact.TRIALS and "paused 1 time because" in describe(seen.record())
     assert not exact_generate(model, twin(model), ids, costs=CHEAP, **greedy(ids, 40))[1].pauses
     assert describe(Statistics(new_tokens=3, dense_passes=3).record()) == "nothing drafted, 3 dense passes for 3 tokens"
+
+
+@pytest.mark.parametrize(("accepted", "goes_on"), [((4, 3, 3), True), ((2, 2, 2), False)])
+def test_drafting_is_not_left_for_a_few_refusals(accepted, goes_on):
+    """The mean of what is expected after ten of twelve says that drafting does not pay; but it may have been bad luck."""
+    costs, reader = Costs(0.25, 2.4), Ordinary(tiny_model("llama"), {})
+    pace = exact.Pace(reader, reader, costs, Statistics())
+    for count in accepted:
+        assert pace.next() == exact.FIRST
+        pace.note(exact.FIRST, count, refused=count < exact.FIRST)
+    assert best_length(10 / 12, costs) > 0 and best_length(11 / 14, costs) == 0
+    assert (pace.next() > 0) == goes_on
 
 
 @pytest.mark.parametrize("ordinary", ["none", "draft", "dense"])

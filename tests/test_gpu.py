@@ -10,6 +10,8 @@ from rankgate import steps as module
 from rankgate.calibration import calibrate
 from rankgate.convert import convert_
 from rankgate.decode import fast_generate
+from rankgate.exact import LONGEST, Costs, exact_generate
+from rankgate.methods import Int8Config
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -55,6 +57,19 @@ def test_a_sequence_within_a_sequence():
             assert torch.equal(fast_generate(model, ids, **options), alone)
 
     assert torch.equal(fast_generate(model, ids, streamer=Nested(), **options), alone)
+
+
+@pytest.mark.parametrize("architecture", sorted(CAPTURED))
+def test_exact_mode_verifies_in_one_graph(architecture: str):
+    model, draft = on_gpu(architecture, "dense"), on_gpu(architecture, "dense")
+    convert_(draft, Int8Config())
+    ids = tokens(1, 7).cuda()
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 1}
+    options |= {"max_new_tokens": 40, "min_new_tokens": 40}
+    got, seen = exact_generate(model, draft, ids, costs=Costs(0.1), **options)
+    assert torch.equal(got, model.generate(ids, **options))
+    assert seen.accepted > 10
+    assert None not in (module.captured(model, LONGEST + 1), module.captured(draft))
 
 
 def test_statistics_are_those_of_the_cpu():
