@@ -251,7 +251,7 @@ def test_drafting_pauses_where_it_does_not_pay():
 
 @pytest.mark.parametrize(("accepted", "goes_on"), [((4, 3, 3), True), ((2, 2, 2), False)])
 def test_drafting_is_not_left_for_a_few_refusals(accepted, goes_on):
-    """The mean of what is expected after ten of twelve says that drafting does not pay; but it may have been bad luck."""
+    """By the mean of what is expected after ten of twelve drafting does not pay; but that may have been bad luck."""
     costs, reader = Costs(0.25, 2.4), Ordinary(tiny_model("llama"), {})
     pace = exact.Pace(reader, reader, costs, Statistics())
     for count in accepted:
