@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-LOADING := tests/test_quantizer.py tests/test_checkpoint.py tests/test_decode.py
+LOADING := tests/test_quantizer.py tests/test_checkpoint.py tests/test_decode.py tests/test_steps.py
 
 .PHONY: demo test clean
 

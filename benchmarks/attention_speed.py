@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu import device_name
 from provenance import write
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,8 +60,8 @@ def main() -> None:
         results += [{"length": length, **row} for row in rows(*captured(opened.model, ids), arguments.device)]
         print(*results[-2 - len(SETTINGS) :], sep="\n", flush=True)
         name = torch.cuda.get_device_name() if arguments.device != "cpu" else "CPU"
-        file = name.lower().replace("-", " ").split()[1] if arguments.device != "cpu" else "cpu"
-        write(f"attention_speed_{file}", {"device": name, "layer": LAYER, "repeats": REPEATS}, results)
+        settings = {"device": name, "layer": LAYER, "repeats": REPEATS}
+        write(f"attention_speed_{device_name(arguments.device)}", settings, results)
 
 
 def captured(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor, float]]:

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with valid.txt and test.txt")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", default=MODEL, help="where it is, on a machine that cannot fetch it")
     arguments = parser.parse_args()
     data, device = arguments.data, torch.device(arguments.device)
     quiet_libraries()
@@ -65,9 +65,8 @@ def main() -> None:
         generate(opened.model, prompts[:1], loop)  # compiles kernels and captures steps
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in loops}
     settings = {"model": MODEL, "text": "WikiText-2 test", "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
-    name_of_device = "cpu"
     if device.type == "cuda":
-        settings["device"], name_of_device = torch.cuda.get_device_name(), device_name()
+        settings["device"] = torch.cuda.get_device_name()
     for prompt in prompts.split(1):
         expected, dense_s = generate(opened.model, prompt, None)
         for name, loop in loops.items():
@@ -75,7 +74,7 @@ def main() -> None:
             drafts = vars(loop.statistics) if isinstance(loop, Exact) else {}
             rows[name].append({"identical": torch.equal(expected, got), "speedup": dense_s / seconds, **drafts})
         results = [{"draft": name, **summary(texts)} for name, texts in rows.items()]
-        write(f"exact_{name_of_device}", settings, results)
+        write(f"exact_{device_name(arguments.device)}", settings, results)
         print(results, flush=True)
 
 

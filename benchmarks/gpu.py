@@ -20,8 +20,10 @@ DEVICE = "cuda"
 DTYPE = torch.bfloat16
 
 
-def device_name() -> str:
-    """Short: h100, h200."""
+def device_name(device: str = "cuda") -> str:
+    """Short: cpu, h100, h200."""
+    if device == "cpu":
+        return device
     words = torch.cuda.get_device_name().lower().replace("-", " ").split()
     return next((word for word in words if word.startswith(("h1", "h2", "a1", "b2"))), "gpu")
 
