@@ -17,8 +17,8 @@ from provenance import write
 
 from rankgate.attention.attend import AttentionConfig
 from rankgate.attention.profile import LayerProfile, profile, savings
-from rankgate.pipeline import open_dense
-from rankgate.progress import track
+from rankgate.common.progress import track
+from rankgate.hub.opening import open_dense
 
 MODEL, SEQUENCES = "smollm2-135m", 8
 LENGTHS, TAUS, PAPER = (512, 2048), (0.1, 0.2, 0.3, 0.5), 0.3

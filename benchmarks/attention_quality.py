@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from rankgate.attention.attend import AttentionConfig, select_tokens_
 from rankgate.attention.heads import try_heads
 from rankgate.attention.strands import Heads
-from rankgate.convert import twin
-from rankgate.pipeline import Opened, open_dense
+from rankgate.conversion.convert import twin
+from rankgate.hub.opening import Opened, open_dense
 
 MODEL, SEQUENCES, HEAD_TOKENS = "smollm2-135m", 8, 4096
 LENGTHS, TAU, WINDOWS, SHARES = (512, 2048, 4096), 0.3, (64, 128, 256), (0.55, 0.4)

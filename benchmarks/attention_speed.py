@@ -27,7 +27,7 @@ from rankgate.attention.attend import decoder
 from rankgate.attention.probe import dense, probing
 from rankgate.attention.select import Selection, cascade, select, unit
 from rankgate.attention.strands import Heads, Strand
-from rankgate.pipeline import open_dense
+from rankgate.hub.opening import open_dense
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LAYER = 15

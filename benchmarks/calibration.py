@@ -17,9 +17,9 @@ import torch
 from provenance import SEED, write
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rankgate.calibration import calibrate
-from rankgate.sources import DEFAULT, load, resolve
-from rankgate.terminal import quiet_libraries
+from rankgate.common.terminal import quiet_libraries
+from rankgate.conversion.calibration import calibrate
+from rankgate.hub.sources import DEFAULT, load, resolve
 
 CONTEXT = 512
 BATCH = 4

@@ -23,10 +23,10 @@ from provenance import SEED, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankgate.groups import linears
-from rankgate.pipeline import open_dense
-from rankgate.sources import DEFAULT
-from rankgate.terminal import quiet_libraries
+from rankgate.common.terminal import quiet_libraries
+from rankgate.conversion.groups import linears
+from rankgate.hub.opening import open_dense
+from rankgate.hub.sources import DEFAULT
 
 CONTROLS = {name: CURVE[name] for name in ("rank 16", "5 %", "36 %, asymmetric")}
 OLD_GROUP, OLD_LEVELS = 32, 15  # of Q4_1

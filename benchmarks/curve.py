@@ -15,21 +15,13 @@ from typing import Any
 import torch
 from provenance import SEED, write
 
-from rankgate.calibration import calibrate
-from rankgate.methods import (
-    ASVDConfig,
-    GSIConfig,
-    Int4Config,
-    Int8Config,
-    LRQConfig,
-    Method,
-    SparseConfig,
-    SVDConfig,
-)
-from rankgate.pipeline import Opened, Reference, open_dense
-from rankgate.sources import DEFAULT
-from rankgate.tables import HEADERS, row
-from rankgate.terminal import quiet_libraries, show_table
+from rankgate.common.terminal import quiet_libraries, show_table
+from rankgate.conversion.calibration import calibrate
+from rankgate.hub.opening import Opened, open_dense
+from rankgate.hub.sources import DEFAULT
+from rankgate.methods import ASVDConfig, GSIConfig, Int4Config, Int8Config, LRQConfig, Method, SparseConfig, SVDConfig
+from rankgate.reporting.pipeline import Reference
+from rankgate.reporting.tables import HEADERS, row
 
 CONTEXT = 512
 CALIBRATION_TOKENS = 16_384

@@ -22,13 +22,13 @@ import torch
 from gpu import device_name
 from provenance import write
 
-from rankgate.calibration import calibrate
-from rankgate.convert import convert_, twin
-from rankgate.decode import decode
-from rankgate.exact import Exact, Statistics
+from rankgate.common.terminal import quiet_libraries
+from rankgate.conversion.calibration import calibrate
+from rankgate.conversion.convert import convert_, twin
+from rankgate.decoding.exact import Exact, Statistics
+from rankgate.decoding.loop import decode
+from rankgate.hub.opening import open_dense
 from rankgate.methods import Int4Config, Int8Config, LRQConfig, Method, SVDConfig
-from rankgate.pipeline import open_dense
-from rankgate.terminal import quiet_libraries
 
 DENSE = "none: dense, decode"
 MODEL, PROMPT_TOKENS, NEW_TOKENS = "smollm2-135m", 32, 128

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from provenance import SEED, write
 
+from rankgate.common.terminal import quiet_libraries, show_table
+from rankgate.hub.opening import open_dense
+from rankgate.hub.sources import DEFAULT
 from rankgate.methods import ASVDConfig, GSIConfig, Method, SVDConfig
-from rankgate.pipeline import Reference, open_dense, statistics
-from rankgate.sources import DEFAULT
-from rankgate.tables import HEADERS, row
-from rankgate.terminal import quiet_libraries, show_table
+from rankgate.reporting.pipeline import Reference, statistics
+from rankgate.reporting.tables import HEADERS, row
 
 CONTEXT = 512
 CALIBRATION_TOKENS = 16_384

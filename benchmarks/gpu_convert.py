@@ -17,8 +17,8 @@ from gpu import DEVICE, device_name
 from gpu_decode import MODELS, build
 from provenance import SEED, write
 
-from rankgate.calibration import calibrate
-from rankgate.convert import convert_
+from rankgate.conversion.calibration import calibrate
+from rankgate.conversion.convert import convert_
 from rankgate.methods import LRQConfig
 
 T = TypeVar("T")

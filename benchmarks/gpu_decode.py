@@ -32,17 +32,17 @@ from provenance import COMMIT, RESULTS, SEED, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, OPTConfig, PreTrainedModel
 
-from rankgate.calibration import calibrate
-from rankgate.convert import convert_
+from rankgate.conversion.calibration import calibrate
+from rankgate.conversion.convert import convert_
+from rankgate.conversion.gates import record_gates
+from rankgate.conversion.groups import input_groups, linears, shape
+from rankgate.conversion.reads import weight_reads
 from rankgate.core import GroupedLinear, LinearGroup
-from rankgate.decode import decode
-from rankgate.gates import record_gates
-from rankgate.groups import input_groups, linears, shape
+from rankgate.decoding.loop import decode
+from rankgate.decoding.steps import captured
+from rankgate.hub.opening import open_dense
 from rankgate.methods import GSIConfig, Int4Config, Int8Config, LRQConfig, SVDConfig
-from rankgate.pipeline import open_dense
 from rankgate.quantized import QuantizedGroup
-from rankgate.reads import weight_reads
-from rankgate.steps import captured
 
 PROMPT, FEW, MANY = 64, 32, 128
 PROMPTS, SAME = 20, 100  # prompts whose text is compared, and its tokens

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from provenance import write
 
-from rankgate.calibration import calibrate
-from rankgate.convert import convert_, twin
-from rankgate.evaluation import evaluate
+from rankgate.common.terminal import quiet_libraries
+from rankgate.conversion.calibration import calibrate
+from rankgate.conversion.convert import convert_, twin
+from rankgate.conversion.evaluation import evaluate
+from rankgate.hub.opening import Opened, open_dense
+from rankgate.hub.sources import DEFAULT
+from rankgate.hub.tasks import run_tasks
+from rankgate.hub.texts import CALIBRATION
 from rankgate.methods import GSIConfig, Int4Config, LRQConfig, Method
-from rankgate.pipeline import Opened, open_dense
-from rankgate.sources import DEFAULT
-from rankgate.tasks import run_tasks
-from rankgate.terminal import quiet_libraries
-from rankgate.texts import CALIBRATION
 
 TASKS = Path(__file__).parent.parent / "examples" / "tasks"
 CONTEXT, CALIBRATION_TOKENS, DOCUMENTS = 512, 4096, 100

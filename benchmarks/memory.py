@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from provenance import write
 
-from rankgate import cli
-from rankgate.bench import peak_memory
-from rankgate.pipeline import open_any
-from rankgate.sources import DEFAULT, resolve
-from rankgate.terminal import quiet_libraries
+from rankgate.cli import parser as cli
+from rankgate.common.terminal import quiet_libraries
+from rankgate.hub.opening import open_any
+from rankgate.hub.sources import DEFAULT, resolve
+from rankgate.reporting.bench import peak_memory
 
 METHODS = {
     "gsi k=0.25n": ("--method", "gsi"),

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from rankgate import __version__
-from rankgate.files import atomic_path
+from rankgate.common.files import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0

@@ -15,8 +15,8 @@ import render_ecosystem
 import render_gpu
 from matplotlib.figure import Figure
 
-from rankgate.tables import HEADERS, describe, markdown, row
-from rankgate.tables import number as short
+from rankgate.reporting.tables import HEADERS, describe, markdown, row
+from rankgate.reporting.tables import number as short
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- {}: written by benchmarks/render.py -->\n", "<!-- end of {} -->"

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rankgate.tables import markdown
+from rankgate.reporting.tables import markdown
 
 PAPER_SAVED, PAPER_OVERLAP = "22–63 %", "0.83–0.94"
 SELECTION = (

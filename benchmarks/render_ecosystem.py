@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rankgate.tables import describe, markdown
+from rankgate.reporting.tables import describe, markdown
 
 EXACT = (
     "draft",

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rankgate.tables import describe, markdown
+from rankgate.reporting.tables import describe, markdown
 
 KERNELS = (
     "method",

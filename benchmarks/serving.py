@@ -31,8 +31,8 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 from provenance import SEED, write
 
-from rankgate import cli
-from rankgate.sources import DEFAULT
+from rankgate.cli import parser as cli
+from rankgate.hub.sources import DEFAULT
 
 REQUESTS, CONCURRENCY, TOKENS = 200, 16, 16
 PARTS = 4  # after each of which memory is looked at

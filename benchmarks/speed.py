@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from provenance import SEED, write
 
-from rankgate import checkpoint
-from rankgate.bench import HEADERS, TORCHAO, Subject, bench, quantize_torchao, subjects_for, table
-from rankgate.calibration import Stats, calibrate
-from rankgate.convert import convert_, twin
-from rankgate.evaluation import evaluate
-from rankgate.files import atomic_path
-from rankgate.groups import linears
+from rankgate.common.files import atomic_path
+from rankgate.common.terminal import quiet_libraries, show_table
+from rankgate.conversion.calibration import Stats, calibrate
+from rankgate.conversion.convert import convert_, twin
+from rankgate.conversion.evaluation import evaluate
+from rankgate.conversion.groups import linears
+from rankgate.conversion.plan import VERIFY_TOKENS, Budget, Planner
+from rankgate.hub import checkpoint
+from rankgate.hub.opening import Opened, open_dense
+from rankgate.hub.sources import DEFAULT
 from rankgate.methods import Int8Config, LRQConfig, Method
-from rankgate.pipeline import Opened, open_dense, provenance
-from rankgate.plan import VERIFY_TOKENS, Budget, Planner
-from rankgate.sources import DEFAULT
-from rankgate.terminal import quiet_libraries, show_table
+from rankgate.reporting.bench import HEADERS, TORCHAO, Subject, bench, quantize_torchao, subjects_for, table
+from rankgate.reporting.pipeline import provenance
 
 CONTEXT = 512
 CALIBRATION_TOKENS = 16_384

@@ -3,7 +3,7 @@
 import sys
 
 from rankgate import GSIConfig, Int8Config, LRQConfig, calibrate, convert_, evaluate, twin
-from rankgate.pipeline import open_dense
+from rankgate.hub.opening import open_dense
 
 dense = open_dense(sys.argv[1])
 stats = calibrate(dense.model, dense.windows("pydoc:calibration", tokens=1024, context=128), sensitivity=True)

@@ -2,8 +2,9 @@
 
     from rankgate import GSIConfig, calibrate, convert_, evaluate
 
-The names below are imported when they are first used, so that `rankgate --help` does not wait for torch. Likewise the
-quantiser is registered with transformers once somebody imports that: `from_pretrained` then opens converted models.
+The names below are imported when they are first used, so that `rankgate --help` does not wait for torch. Two modules
+take part in what others begin: transformers knows converted models as soon as somebody imports its quantizers, and
+kernels register themselves as soon as somebody imports the definitions, which know nothing of them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import wrapt
 if TYPE_CHECKING:
     from rankgate.attention.attend import AttentionConfig, select_tokens_
     from rankgate.attention.heads import try_heads
-    from rankgate.calibration import Stats, calibrate
-    from rankgate.convert import LayerReport, convert_, twin
+    from rankgate.conversion.calibration import Stats, calibrate
+    from rankgate.conversion.convert import LayerReport, convert_, twin
+    from rankgate.conversion.evaluation import Evaluation, evaluate
     from rankgate.core import GatedGroup, GroupedLinear, Subspace
+    from rankgate.decoding.exact import Exact
+    from rankgate.decoding.loop import fast_generate
     from rankgate.errors import RankgateError
-    from rankgate.evaluation import Evaluation, evaluate
+    from rankgate.hub.adapters import adaptable
+    from rankgate.hub.config import RankgateConfig
+    from rankgate.hub.opening import open_any, open_dense
     from rankgate.methods import ASVDConfig, GSIConfig, Int4Config, Int8Config, LRQConfig, SparseConfig, SVDConfig
-    from rankgate.quantizer import RankgateConfig
 
 __version__ = "0.1.0"
 
@@ -30,24 +35,29 @@ _HOME = {
     "AttentionConfig": "attention.attend",
     "select_tokens_": "attention.attend",
     "try_heads": "attention.heads",
-    "Stats": "calibration",
-    "calibrate": "calibration",
-    "LayerReport": "convert",
-    "convert_": "convert",
-    "twin": "convert",
+    "Stats": "conversion.calibration",
+    "calibrate": "conversion.calibration",
+    "LayerReport": "conversion.convert",
+    "convert_": "conversion.convert",
+    "twin": "conversion.convert",
+    "Evaluation": "conversion.evaluation",
+    "evaluate": "conversion.evaluation",
     "GatedGroup": "core",
     "GroupedLinear": "core",
     "Subspace": "core",
+    "Exact": "decoding.exact",
+    "fast_generate": "decoding.loop",
     "RankgateError": "errors",
-    "Evaluation": "evaluation",
-    "evaluate": "evaluation",
+    "adaptable": "hub.adapters",
+    "RankgateConfig": "hub.config",
+    "open_any": "hub.opening",
+    "open_dense": "hub.opening",
     "ASVDConfig": "methods",
     "GSIConfig": "methods",
     "Int4Config": "methods",
     "Int8Config": "methods",
     "LRQConfig": "methods",
     "SVDConfig": "methods",
-    "RankgateConfig": "quantizer",
     "SparseConfig": "methods",
 }
 
@@ -55,6 +65,7 @@ __all__ = [
     "ASVDConfig",
     "AttentionConfig",
     "Evaluation",
+    "Exact",
     "GSIConfig",
     "GatedGroup",
     "GroupedLinear",
@@ -68,9 +79,13 @@ __all__ = [
     "SparseConfig",
     "Stats",
     "Subspace",
+    "adaptable",
     "calibrate",
     "convert_",
     "evaluate",
+    "fast_generate",
+    "open_any",
+    "open_dense",
     "select_tokens_",
     "try_heads",
     "twin",
@@ -79,7 +94,12 @@ __all__ = [
 
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register(_: Any) -> None:
-    importlib.import_module("rankgate.quantizer")
+    importlib.import_module("rankgate.hub.quantizer")
+
+
+@wrapt.when_imported("rankgate.core")
+def _bring_kernels(_: Any) -> None:
+    importlib.import_module("rankgate.ops")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,11 @@ weights instead of m n is where the speed comes from; every token whose gate ope
                      ‖x − V z‖ > ε ‖x‖.
     ungated (`svd`, `asvd`):  A B approximates W and there is no residual.
 
-This module is the oracle that faster kernels are tested against (`ops` chooses between them). It computes both branches
-with dense products and branches on the host; it does not try to be fast, to fuse, or to avoid the device
-synchronisation of `fire.any()`.
+This module is the oracle that faster kernels are tested against. It computes both branches with dense products and
+branches on the host; it does not try to be fast, to fuse, or to avoid the device synchronisation of `fire.any()`.
+
+It imports nothing of the project. What a kernel may do instead is an operator, `torch.ops.rankgate.gated`, whose
+implementation for every device is the definition until a backend in `ops` registers a better one for its own.
 """
 
 from __future__ import annotations
@@ -25,9 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankgate import ops
-
 T = TypeVar("T")
+FEW = 8  # tokens up to which one matrix-vector product each is faster than unpacking the matrix
 
 
 class Projection(NamedTuple):
@@ -141,7 +142,12 @@ class GatedGroup(LinearGroup):
         return None if self.subspace.eps is None else self.subspace
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.gated(self, x)
+        """An operator where a graph cannot hold what is done: the branch that a gate is, a kernel of a GPU."""
+        plain = self.gate is None and not (x.is_cuda and few(x))
+        if plain or self.watched or x.requires_grad:
+            return self.reference(x)
+        y: Tensor = torch.ops.rankgate.gated(x, self.subspace.B, self.A, self.W, self.subspace.eps)
+        return y
 
     def reference(self, x: Tensor) -> Tensor:
         """The definition."""
@@ -227,6 +233,22 @@ def answer(x: Tensor, seen: Projection, A: Tensor, W: Tensor | None) -> Tensor:
         assert W is not None
         y[seen.fire] = F.linear(x[seen.fire], W)
     return y
+
+
+def gated(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -> Tensor:
+    """`GatedGroup.reference` of its tensors."""
+    return answer(x, project(x, B, eps), A, W)
+
+
+operators = torch.library.Library("rankgate", "DEF")
+operators.define("gated(Tensor x, Tensor B, Tensor A, Tensor? W, float? eps) -> Tensor")
+operators.impl("gated", gated, "CompositeExplicitAutograd")
+operators.impl("gated", lambda x, B, A, W, eps: x.new_empty((*x.shape[:-1], A.shape[0])), "Meta")
+
+
+def few(x: Tensor) -> bool:
+    """Whether x (…, n) is of so few tokens that each is multiplied by itself."""
+    return x.numel() <= FEW * x.shape[-1]
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -8,7 +8,11 @@ An input group (q/k/v, gate/up) is one matrix W (m × n) here, its members' rows
 `A B`   the always-on subspace: a low-rank correction of the rounding error, 8 bits with a scale per component.
 `E`     the refinement plane, 4 bits, stored by column: channel j is read by the tokens whose x_j exceeds t_j.
 
-`QuantizedGroup.reference` is the oracle; `ops` dispatches to kernels that read the packed bytes.
+`QuantizedGroup.reference` is the oracle. Kernels that read the packed bytes are behind two operators; backends in `ops`
+register them:
+
+    quantized_gemv   y of a few tokens, from the tensors of a group, or from a table that says where they are
+    unpack           Q for many tokens to share
 """
 
 from __future__ import annotations
@@ -21,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankgate import ops
-from rankgate.core import ChannelGate, GroupedLinear, LinearGroup, frozen, widen
+from rankgate.core import ChannelGate, GroupedLinear, LinearGroup, few, frozen, operators, widen
 from rankgate.errors import RankgateError
 
 GROUP = 64  # inputs that share a scale
@@ -204,8 +207,32 @@ class QuantizedGroup(LinearGroup):
             refinement = Refinement(m, packed, row, column, torch.empty_like(column))
         return cls(base, low_rank, refinement)
 
+    @classmethod
+    def of(cls, n: int, parts: list[Tensor | None]) -> QuantizedGroup:
+        """The group with n inputs whose `parts` these are."""
+        codes, scale, zero, A, B, component, plane, row, column, threshold = parts
+        assert codes is not None and scale is not None
+        base = QuantizedMatrix(n, codes, scale, zero)
+        low_rank = refinement = None
+        if A is not None and B is not None and component is not None:
+            low_rank = LowRank(A, B, component)
+        if plane is not None and row is not None and column is not None and threshold is not None:
+            refinement = Refinement(base.m, plane, row, column, threshold)
+        return cls(base, low_rank, refinement)
+
     def forward(self, x: Tensor) -> Tensor:
-        return ops.quantized(self, x)
+        """A few tokens take a kernel that reads packed bytes; more of them share one unpacked matrix."""
+        base = self.base
+        if self.watched or x.requires_grad or x.device != base.codes.device:
+            return self.reference(x)
+        y: Tensor
+        eager = x.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph outlives addresses, and fuses
+        if few(x):
+            gemv = torch.ops.rankgate.quantized_gemv
+            y = gemv(x, self.table(), self.m) if eager else gemv.parts(x, self.parts)
+            return y
+        Q = torch.ops.rankgate.unpack(base.codes, base.scale, base.zero, self.n) if eager else None
+        return self.reference(x, Q)
 
     def reference(self, x: Tensor, Q: Tensor | None = None) -> Tensor:
         """The definition, in float32 or better. `Q`: the base (m × n) float32 if it is unpacked already."""
@@ -231,12 +258,12 @@ class QuantizedGroup(LinearGroup):
             *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),
         ]
 
-    def table(self, build: Callable[[int, list[Tensor | None]], np.ndarray]) -> int:
-        """Address of what a kernel knows of n and `parts`, built once and again when they have moved."""
+    def table(self) -> int:
+        """Address of the group's `table_of`, which is written once and again when tensors have moved."""
         if self._table is None:
-            self._table = build(self.n, self.parts)
+            self._table = table_of(self.n, self.parts)
         elif self._moved:
-            self._table[:] = build(self.n, self.parts)
+            self._table[:] = table_of(self.n, self.parts)
         self._moved = False
         return self._table.ctypes.data
 
@@ -255,6 +282,37 @@ class QuantizedGroup(LinearGroup):
     def extra_repr(self) -> str:
         rank = self.low_rank.rank if self.low_rank else 0
         return f"bits={self.base.bits}, rank={rank}, refined={self.refinement is not None}"
+
+
+def table_of(n: int, parts: list[Tensor | None]) -> np.ndarray:
+    """int64: m, n, bits of Q, rank of A B, and the addresses of `QuantizedGroup.parts`, 0 where there is none.
+
+    For a kernel that is called for every token: unpacking ten tensors would cost more than a small product. Valid while
+    the tensors stay where they are.
+    """
+    codes, A = parts[0], parts[3]
+    assert codes is not None and all(part is None or part.is_contiguous() for part in parts)
+    shape = [codes.shape[0], n, 4 if codes.dtype == torch.uint8 else 8, 0 if A is None else A.shape[1]]
+    return np.array(shape + [0 if part is None else part.data_ptr() for part in parts], np.int64)
+
+
+def gemv(x: Tensor, parts: list[Tensor | None]) -> Tensor:
+    """`QuantizedGroup.reference` of its parts."""
+    return QuantizedGroup.of(x.shape[-1], parts).reference(x)
+
+
+def unpack(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int) -> Tensor:
+    """`QuantizedMatrix.dequantize` of its tensors."""
+    return QuantizedMatrix(n, codes, scale, zero).dequantize()
+
+
+operators.define("quantized_gemv(Tensor x, int table, int m) -> Tensor")
+operators.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
+operators.define("quantized_gemv.parts(Tensor x, Tensor?[] parts) -> Tensor")
+operators.impl("quantized_gemv.parts", gemv, "CompositeExplicitAutograd")
+operators.impl("quantized_gemv.parts", lambda x, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
+operators.define("unpack(Tensor codes, Tensor scale, Tensor? zero, int n) -> Tensor")
+operators.impl("unpack", unpack, "CompositeExplicitAutograd")
 
 
 class QuantizedHead(GroupedLinear):

@@ -28,7 +28,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from rankgate.calibration import Stats, calibrate
+from rankgate.conversion.calibration import Stats, calibrate
 
 torch.set_num_threads(1)  # tiny models, and pytest runs one process per core
 VOCAB = 260

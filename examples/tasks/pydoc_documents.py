@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from rankgate.texts import HELD_OUT, load_text
+from rankgate.hub.texts import HELD_OUT, load_text
 
 LENGTHS = range(200, 1000)  # characters
 

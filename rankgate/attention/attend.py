@@ -9,7 +9,7 @@
 the states at a layer's input, for all its heads, or with `heads` those of each head's own keys, with a window and a
 tolerance for each head (see `heads`).
 
-What is held of the past is in `strands`; `SelectiveCache` makes a transformers `Cache` of it.
+What is held of the past is in `strands`; `cache` makes a transformers `Cache` of it.
 
 With τ = 0, or a window that is never left, this is dense attention.
 
@@ -27,11 +27,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache
 
+from rankgate.attention.cache import SelectiveCache
 from rankgate.attention.select import Rule, Selection, cascade, inherit, select, unit
 from rankgate.attention.strands import Heads, PaperStrand, Strand
-from rankgate.capture import CountedLayer
 from rankgate.errors import RankgateError
 
 NAME = "rankgate_tokens"  # in transformers' registry
@@ -188,53 +187,6 @@ class TokenSelection:
             raise RankgateError(f"heads are given for {len(config.heads[layer])} key heads, layer {layer} has {heads}")
         for i, own in enumerate(config.heads[layer]):
             yield Strand(slice(i, i + 1), own, config.sinks)
-
-
-class SelectiveLayer(CountedLayer):
-    """A layer of a `SelectiveCache`: strands by sequence. `update` only counts; attention adds to the strands."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.length = 0
-        self.strands: list[list[Strand]] = []
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.length += key_states.shape[-2]
-        return key_states, value_states
-
-    def reset(self) -> None:
-        self.length, self.strands = 0, []
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.strands = [[strand.copy() for strand in self.strands[b]] for b in beam_idx.tolist()]
-
-    def crop(self, max_length: int) -> None:
-        raise RankgateError("this cache has dropped tokens and cannot be cut back; generate without assistance")
-
-
-class SelectiveCache(Cache):
-    """What token selection left of the past. `nbytes`: what it holds."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[SelectiveLayer() for _ in range(layers)])
-
-    def strands(self, rows: int) -> list[list[list[Strand]]]:
-        """By layer and sequence, of which there are `rows`."""
-        for layer in self._layers():
-            layer.strands = layer.strands or [[] for _ in range(rows)]
-            if len(layer.strands) != rows:
-                raise RankgateError(f"the cache is of {len(layer.strands)} sequences, the input of {rows}")
-        return [layer.strands for layer in self._layers()]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(strand.nbytes for layer in self._layers() for row in layer.strands for strand in row)
-
-    def _layers(self) -> list[SelectiveLayer]:
-        return cast(list[SelectiveLayer], self.layers)
 
 
 def decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from rankgate.attention.attend import decoder
 from rankgate.attention.probe import dense, probing
 from rankgate.attention.strands import Heads, Strand
-from rankgate.calibration import backward_from_sampled_labels, evaluation_mode, gradients_from_embedding
+from rankgate.common.passes import backward_from_sampled_labels, evaluation_mode, gradients_from_embedding
+from rankgate.common.progress import track
 from rankgate.errors import RankgateError
-from rankgate.progress import track
 
 SHORTEST = 64  # window tried; each other is twice the one before
 BESIDE = 128  # window with representatives

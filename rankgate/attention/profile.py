@@ -18,8 +18,8 @@ from rankgate.attention.attend import AttentionConfig, decoder, layer_input
 from rankgate.attention.probe import dense, probing
 from rankgate.attention.select import Selection, cascade, causal_dots, inherit, owned, select, unit
 from rankgate.attention.strands import Heads, Strand
-from rankgate.calibration import evaluation_mode
-from rankgate.progress import track
+from rankgate.common.passes import evaluation_mode
+from rankgate.common.progress import track
 
 KINDS = ("anew", "cascade", "inherited", "random")
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankgate.calibration import GroupStats
 from rankgate.core import GroupedLinear, LinearGroup
 from rankgate.errors import RankgateError
-from rankgate.groups import Linear
+from rankgate.methods.given import GroupStats, Linear
 
 Groups = Callable[
     [], Iterator[tuple[list[Linear], GroupStats | None]]

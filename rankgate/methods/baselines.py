@@ -13,12 +13,11 @@ from typing import ClassVar
 
 import torch
 
-from rankgate.calibration import GroupStats
 from rankgate.core import ChannelGate, SparseLinear
 from rankgate.errors import RankgateError
-from rankgate.groups import Linear
 from rankgate.methods.base import GroupwiseMethod, Rewrite, members, stacked
-from rankgate.quantize import ChannelWorth, gate_level, nearest
+from rankgate.methods.given import GroupStats, Linear
+from rankgate.methods.quantize import ChannelWorth, gate_level, nearest
 from rankgate.quantized import QuantizedGroup
 
 

@@ -18,12 +18,11 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from rankgate.calibration import GroupStats
 from rankgate.core import GatedGroup, Subspace, widen
 from rankgate.errors import RankgateError
-from rankgate.groups import Linear
 from rankgate.methods.base import GroupwiseMethod, Rewrite, check_rank, factor, members, rank_for, stacked, too_large
 from rankgate.methods.context import ContextBasis, ContextLinear, SequenceTracker
+from rankgate.methods.given import GroupStats, Linear
 
 BASES = ("calibrated", "context")
 

@@ -22,7 +22,7 @@ import torch
 from rankgate.core import ChannelGate
 from rankgate.errors import RankgateError
 from rankgate.methods.base import Groups, Method, Rewrite, members, stacked
-from rankgate.quantize import (
+from rankgate.methods.quantize import (
     ChannelWorth,
     allocate_ranks,
     closed_moment,

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from rankgate.calibration import GroupStats
 from rankgate.errors import RankgateError
-from rankgate.groups import Linear
 from rankgate.methods.base import Groups, Method, Rewrite, members, stacked
-from rankgate.quantize import (
+from rankgate.methods.given import GroupStats, Linear
+from rankgate.methods.quantize import (
     ChannelWorth,
     GroupResult,
     closed_moment,

@@ -22,11 +22,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rankgate.calibration import GroupStats
 from rankgate.core import GatedGroup, Subspace, widen
 from rankgate.errors import RankgateError
-from rankgate.groups import Linear
 from rankgate.methods.base import GroupwiseMethod, Rewrite, check_rank, factor, members, rank_for, too_large
+from rankgate.methods.given import GroupStats, Linear
 
 RIDGE = 1e-6  # of the mean eigenvalue of C, added to each: directions that calibration never saw still count a little
 

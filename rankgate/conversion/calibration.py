@@ -1,0 +1,278 @@
+"""One pass over calibration text: the second moment of what every input group reads.
+
+For each input group (see `groups`), over all calibration tokens x (n values each):
+
+    C = Σ x xᵀ / tokens                                   n × n, not centred
+
+Its top eigenvectors are the subspace that keeps most of ‖x‖², and W C Wᵀ is the second moment of the layer's outputs.
+Accumulated in float32 (float64 for a float64 model) while the model runs. Memory is one n × n matrix per group,
+whatever the number of tokens. On a GPU those under way keep within a tenth of the weights: the text is read as often
+as that takes, and what is finished goes to main memory. C is symmetric, so only the blocks on and above its diagonal
+are multiplied. The output embedding is not run: its input is not needed. Of the activations themselves, a sample of
+at most 256 tokens is kept, evenly spread over the text: what gates are calibrated on.
+
+On request, a pass over the first 2,048 tokens before that measures how much each output y_i matters,
+
+    F_i = E[(∂ℓ / ∂y_i)²]                                 ℓ: log-likelihood of a label sampled from the model itself
+
+the diagonal of the Fisher information. An error δ of the outputs then costs about ½ Σ F_i δ_i² nats of KL, which makes
+errors in different layers comparable. It needs a backward pass: about the time of three forward passes, and the
+activations of 128 tokens in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankgate.common.files import atomic_path
+from rankgate.common.passes import backward_from_sampled_labels, evaluation_mode, gradients_from_embedding
+from rankgate.common.progress import track
+from rankgate.conversion.groups import input_groups, linears, shape
+from rankgate.conversion.windows import run_hashes
+from rankgate.core import widen
+from rankgate.errors import RankgateError
+from rankgate.methods.given import GroupStats
+
+FORMAT = "rankgate-stats-2"
+SYRK_BLOCKS = 4
+SAMPLE = 256  # tokens kept per group
+SENSITIVITY_TOKENS = 2048
+SHARE = 0.1  # of a GPU's weights that the second moments of one pass may take
+PIECE = 128  # of them at a time: what a backward pass keeps grows with the length
+
+
+@dataclass
+class Stats:
+    """Calibration statistics of one model.
+
+    `fingerprint` names the model they belong to and `text` the source of the calibration text; `hashes` are the hashed
+    runs of that text, by which evaluation recognises what it must not report on (see `windows.run_hashes`).
+    """
+
+    groups: list[GroupStats]
+    fingerprint: str
+    tokens: int
+    hashes: Tensor
+    text: str = ""
+
+    @property
+    def has_sensitivity(self) -> bool:
+        return all(group.sensitivity is not None for group in self.groups)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises RankgateError if these statistics come from another model."""
+        if self.fingerprint != fingerprint(model):
+            raise RankgateError("the statistics belong to another model; calibrate this one anew")
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {"hashes": self.hashes}
+        for i, group in enumerate(self.groups):
+            tensors |= {f"C.{i}": group.C.contiguous(), f"sample.{i}": group.sample}
+            if group.sensitivity is not None:
+                tensors[f"sensitivity.{i}"] = group.sensitivity
+        meta = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "tokens": self.tokens,
+            "text": self.text,
+            "groups": [{"members": group.members, "tokens": group.tokens} for group in self.groups],
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"rankgate": json.dumps(meta)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Stats:
+        """Read what `save` wrote. Raises RankgateError if it is missing, damaged or something else."""
+        if not Path(path).is_file():
+            raise RankgateError(f"no statistics file at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = json.loads((file.metadata() or {})["rankgate"])
+                if meta["format"] != FORMAT:
+                    raise KeyError(meta["format"])
+                names = set(file.keys())
+                groups = [
+                    GroupStats(
+                        tuple(group["members"]),
+                        file.get_tensor(f"C.{i}"),
+                        group["tokens"],
+                        file.get_tensor(f"sample.{i}"),
+                        file.get_tensor(f"sensitivity.{i}") if f"sensitivity.{i}" in names else None,
+                    )
+                    for i, group in enumerate(meta["groups"])
+                ]
+                return cls(groups, meta["fingerprint"], meta["tokens"], file.get_tensor("hashes"), meta["text"])
+        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+            raise RankgateError(f"{path} is damaged or not a Rankgate statistics file; delete it") from error
+
+
+def calibrate(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    sensitivity: bool = False,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> Stats:
+    """Run `model` over `windows` (count × context token ids) and return the statistics of its input groups.
+
+    sensitivity: also measure the Fisher diagonal of the outputs, which `lrq` needs.
+    Raises RankgateError when an activation is not finite.
+    """
+    digest = fingerprint(model)
+    members = input_groups(model)
+    fisher = measure_sensitivity(model, members, windows, progress=progress) if sensitivity else {}
+    stride = sample_stride(windows)
+    groups = []
+    passes = split_passes(model, members)
+    for number, some in enumerate(passes, 1):
+        label = f"calibrating {number}/{len(passes)}" if len(passes) > 1 else "calibrating"
+        with accumulate(model, some, stride) as gathered, torch.inference_mode(), evaluation_mode(model):
+            for batch in track(windows.split(batch_size), label, enabled=progress):
+                model.base_model(input_ids=batch.to(model.device), use_cache=False)
+        for group in gathered:
+            finish(group)
+            group.C, group.sample = group.C.cpu(), group.sample.cpu()
+            if group.members in fisher:
+                group.sensitivity = fisher[group.members].cpu()
+        groups += gathered
+    return Stats(groups, digest, windows.numel(), run_hashes(windows))
+
+
+def split_passes(model: PreTrainedModel, members: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+    """The groups whose second moments are accumulated in one pass over the text: on the CPU all of them."""
+    if model.device.type == "cpu":
+        return [members]
+    modules, taken = linears(model), math.inf
+    passes: list[list[tuple[str, ...]]] = []
+    budget = SHARE * sum(p.numel() * p.element_size() for p in model.parameters())
+    for names in members:
+        size = 4 * shape(modules[names[0]])[1] ** 2
+        if taken + size > budget:
+            passes.append([])
+            taken = 0
+        passes[-1].append(names)
+        taken += size
+    return passes
+
+
+def sample_stride(windows: Tensor) -> int:
+    """Every how many tokens one is sampled: coprime to the context, so that all positions get their turn."""
+    stride = max(1, -(-windows.numel() // SAMPLE))
+    while math.gcd(stride, windows.shape[1]) > 1:
+        stride += 1
+    return stride
+
+
+@contextmanager
+def accumulate(model: PreTrainedModel, members: list[tuple[str, ...]], stride: int) -> Iterator[list[GroupStats]]:
+    """While open, every forward pass of `model` adds Σ x xᵀ of the first member of each group to its `C`.
+
+    Every `stride`-th token that a group sees joins its sample, until that is full.
+    """
+    modules = linears(model)
+    groups, handles = [], []
+    for names in members:
+        first = modules[names[0]]
+        assert isinstance(first.weight, Tensor)
+        _, n = shape(first)
+        dtype = torch.promote_types(first.weight.dtype, torch.float32)
+        device = first.weight.device
+        C, sample = torch.zeros(n, n, dtype=dtype, device=device), torch.empty(0, n, dtype=torch.bfloat16)
+        group = GroupStats(names, C, 0, sample.to(device))
+        groups.append(group)
+
+        def add(_: object, args: tuple[Tensor, ...], group: GroupStats = group) -> None:
+            x = widen(args[0].detach()).reshape(-1, group.C.shape[0])
+            add_outer(group.C, x)
+            seen = x[-group.tokens % stride :: stride].to(torch.bfloat16)
+            group.sample = torch.cat([group.sample, seen])[:SAMPLE]
+            group.tokens += x.shape[0]
+
+        handles.append(first.register_forward_pre_hook(add))
+    try:
+        yield groups
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_sensitivity(
+    model: PreTrainedModel, groups: list[tuple[str, ...]], windows: Tensor, *, progress: bool = False
+) -> dict[tuple[str, ...], Tensor]:
+    """The `sensitivity` of every group, from the first 2,048 tokens of `windows` in pieces of 128 tokens.
+
+    Raises RankgateError when a gradient is not finite.
+    """
+    pieces = [piece for window in windows.split(1) for piece in window.split(PIECE, dim=1)]
+    pieces = pieces[: max(1, SENSITIVITY_TOKENS // pieces[0].numel())]
+    generator = torch.Generator(model.device).manual_seed(0)
+    modules = {name: model.get_submodule(name) for group in groups for name in group}
+    sums = {name: torch.zeros(shape(module)[0], device=model.device) for name, module in modules.items()}
+
+    def watch(y: Tensor, total: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            total.add_(gradient.float().square().flatten(0, -2).sum(0))
+
+        y.register_hook(add)
+
+    with gradients_from_embedding(model), evaluation_mode(model), torch.enable_grad():
+        handles = [
+            module.register_forward_hook(lambda _, args, y, total=sums[name]: watch(y, total))
+            for name, module in modules.items()
+        ]
+        try:
+            for piece in track(pieces, "sensitivity", enabled=progress):
+                backward_from_sampled_labels(model, piece, generator)
+        finally:
+            for handle in handles:
+                handle.remove()
+    fisher = {group: torch.cat([sums[name] for name in group]) / sum(map(torch.numel, pieces)) for group in groups}
+    for group, values in fisher.items():
+        if not torch.isfinite(values).all():
+            raise RankgateError(f"non-finite gradients at the output of {group[0]}; try a wider dtype")
+    return fisher
+
+
+def add_outer(C: Tensor, x: Tensor) -> None:
+    """C += xᵀ x (n × n, x: tokens × n) on and above the block diagonal; `finish` mirrors it."""
+    n = C.shape[0]
+    step = -(-n // SYRK_BLOCKS)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        C[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+
+
+def finish(group: GroupStats) -> None:
+    """Turn the accumulated upper blocks into the mean second moment, and check it."""
+    upper = group.C.triu_()
+    upper.add_(upper.triu(1).T)
+    if not torch.isfinite(upper).all():
+        raise RankgateError(f"non-finite activations at the input of {group.members[0]}; try a wider dtype")
+    if group.tokens == 0 or upper.diagonal().sum() == 0:
+        raise RankgateError(f"no signal at the input of {group.members[0]}; calibrate on real text")
+    upper.div_(group.tokens)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over the name, shape, dtype and a 1,024-value sample of every parameter of a dense model."""
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.float64)
+        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        sha.update(sample.numpy().tobytes())
+    return sha.hexdigest()

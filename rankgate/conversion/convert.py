@@ -1,0 +1,183 @@
+"""The one walker: rewrite the linears of a model in place, group by group."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rankgate.common.progress import track
+from rankgate.conversion.calibration import Stats
+from rankgate.conversion.groups import NOT_CALLED, input_groups, linears, read_linear, shape
+from rankgate.core import GroupedLinear, SparseLinear
+from rankgate.errors import RankgateError
+from rankgate.methods import Method
+from rankgate.methods.context import ContextLinear
+from rankgate.methods.given import GroupStats, Linear
+from rankgate.methods.quantize import nearest
+from rankgate.quantized import QuantizedGroup, QuantizedHead
+
+NOT_WANTED = "left dense as asked"
+Converted = GroupedLinear | ContextLinear | SparseLinear
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one linear. `reason` says why it stayed dense and is empty if it was converted.
+
+    `group` is the first member of its input group; m × n is the shape; `kept` is the share of energy kept at `rank`.
+    """
+
+    name: str
+    group: str
+    m: int
+    n: int
+    rank: int | None = None
+    kept: float | None = None
+    reason: str = ""
+
+
+def convert_(
+    model: PreTrainedModel,
+    method: Method,
+    stats: Stats | None = None,
+    *,
+    overrides: Mapping[str, Method | None] | None = None,
+    lm_head: bool = False,
+    consume: bool = False,
+    progress: bool = False,
+) -> list[LayerReport]:
+    """Rewrite every linear of `model` in place, and say what was done to each.
+
+    overrides: another method by the name of a linear, or its end ("down_proj"), for the input group that it is in; None
+    leaves the group dense.
+    lm_head: also round the output embedding to int8 (no method, no statistics; an input embedding that was tied to it
+    keeps its dense weight). Otherwise it stays dense.
+    consume: drop each second moment of `stats` after its last use, which saves memory; `stats` are of no use then.
+    The converted model is used like the dense one: batches, padding, `generate()`.
+    Raises RankgateError if `method` needs statistics and has none, if they belong to another model, or if a rank does
+    not fit; the model may then be partly converted.
+    """
+    if any(True for _ in converted_layers(model)):
+        raise RankgateError("the model is converted already; start from the dense one")
+    others = dict(overrides or {})
+    used: dict[tuple[str, ...], GroupStats] = {}
+    for one in (method, *(other for other in others.values() if other is not None)):
+        used |= statistics_for(model, one, stats)
+    modules = linears(model)
+    reports = {name: LayerReport(name, name, *shape(module), reason=NOT_CALLED) for name, module in modules.items()}
+    parts = assigned(list(used) or input_groups(model), method, others)
+    if unknown := [name for name in others if not any(matches(name, module) for module in modules)]:
+        raise RankgateError(f"{unknown[0]!r} is no linear of this model; name one, or the end of one")
+    for chosen, groups in parts:
+        if chosen is None:
+            for name in (name for members in groups for name in members):
+                reports[name] = dataclasses.replace(reports[name], reason=NOT_WANTED)
+            continue
+
+        def read(groups: list[tuple[str, ...]] = groups) -> Iterator[tuple[list[Linear], GroupStats | None]]:
+            for members in track(groups, "converting", enabled=progress):
+                layers, stats = [read_linear(name, modules[name]) for name in members], used.get(members)
+                yield layers, None if stats is None else stats.to(layers[0].W.device)
+
+        for members, rewrites in zip(groups, chosen.rewrite(read), strict=True):
+            for name, rewrite in zip(members, rewrites, strict=True):
+                if rewrite.module is not None:
+                    model.set_submodule(name, rewrite.module)
+                    del modules[name]  # the last reference to the dense weight, if nobody else has one
+                reports[name] = LayerReport(
+                    name, members[0], reports[name].m, reports[name].n, rewrite.rank, rewrite.kept, rewrite.reason
+                )
+            if consume and members in used:
+                used[members].C = torch.empty(0)
+        chosen.attach(model)
+    if lm_head:
+        head = convert_head_(model)
+        reports[head.name] = head
+    return list(reports.values())
+
+
+def assigned(
+    groups: list[tuple[str, ...]], method: Method, others: Mapping[str, Method | None]
+) -> list[tuple[Method | None, list[tuple[str, ...]]]]:
+    """The groups that each method is to rewrite."""
+    parts: list[tuple[Method | None, list[tuple[str, ...]]]] = []
+    for members in groups:
+        own = next((o for name, o in others.items() if any(matches(name, member) for member in members)), method)
+        part = next((part for chosen, part in parts if chosen is own), None)
+        if part is None:
+            parts.append((own, [members]))
+        else:
+            part.append(members)
+    return parts
+
+
+def matches(name: str, module: str) -> bool:
+    """Whether `name` is that of a module, or its end."""
+    return module == name or module.endswith(f".{name}")
+
+
+def convert_head_(model: PreTrainedModel) -> LayerReport:
+    """Round the output embedding of `model` to int8, in place."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or type(head) is not nn.Linear:
+        raise RankgateError("the model has no output embedding that is a linear layer; leave out lm_head")
+    layer = read_linear(name, head)
+    group = QuantizedGroup(nearest(layer.W, bits=8), None, None)
+    model.set_submodule(name, QuantizedHead(group, layer.bias, layer.W.dtype))
+    return LayerReport(name, name, layer.m, layer.n)
+
+
+def statistics_for(model: PreTrainedModel, method: Method, stats: Stats | None) -> dict[tuple[str, ...], GroupStats]:
+    """The statistics that `method` uses, by members of the group: nothing if it needs none.
+
+    Raises RankgateError if it needs what `stats` do not have, or if they belong to another model.
+    """
+    if stats is not None:
+        stats.check(model)
+    if not method.needs_stats:
+        return {}
+    if stats is None:
+        raise RankgateError(f"{method.name} needs calibration statistics; call calibrate() first")
+    if method.needs_sensitivity and not stats.has_sensitivity:
+        raise RankgateError(f"{method.name} needs output sensitivities; calibrate anew with sensitivity=True")
+    return {group.members: group for group in stats.groups}
+
+
+def converted_layers(model: nn.Module) -> Iterator[tuple[str, Converted]]:
+    """The rewritten linears of a model, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Converted):
+            yield name, module
+
+
+def shared_part(layer: Converted) -> nn.Module:
+    """What `layer` has in common with its input group."""
+    if isinstance(layer, SparseLinear):
+        return layer.gate
+    return layer.group if isinstance(layer, GroupedLinear) else layer.subspace
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` whose modules are its own and whose tensors are shared: dense and converted side by side."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def share_(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Give `model`, converted from `dense`, its tensors where both have the same: embeddings, norms, dense layers."""
+    originals = dict(dense.named_modules())
+    for name, module in model.named_modules():
+        if (original := originals.get(name)) is None:
+            continue
+        for own, theirs in ((module._parameters, original._parameters), (module._buffers, original._buffers)):
+            for leaf, tensor in own.items():
+                other = theirs.get(leaf)
+                if tensor is not None and other is not None and tensor.dtype == other.dtype and tensor.equal(other):
+                    own[leaf] = other

@@ -1,0 +1,57 @@
+"""Windows of token ids, and the check that calibration and evaluation never see the same text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rankgate.errors import RankgateError
+
+RUN = 32  # tokens in a hashed run
+DISTINCT = 8  # a run with fewer distinct tokens (a ruled line, say) proves nothing
+
+
+def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, context: int) -> Tensor:
+    """The first `tokens` tokens of `text` as consecutive windows of `context` ids: (tokens // context) × context.
+
+    Where the tokenizer puts a beginning-of-sequence token before text, every window begins with one (and it counts).
+    Raises RankgateError if the text has fewer tokens than asked for, or fewer than one window is asked for.
+    """
+    if context < 2:
+        raise RankgateError(f"a context of {context} tokens predicts nothing; use at least 2")
+    count = tokens // context
+    if count < 1:
+        raise RankgateError(
+            f"{tokens} tokens do not fill one context of {context}; ask for more or shorten the context"
+        )
+    bos = tokenizer.bos_token_id
+    prefix = [bos] if bos is not None and bos in tokenizer("").input_ids else []
+    body = context - len(prefix)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if len(ids) < count * body:
+        raise RankgateError(
+            f"the text has {len(ids):,} tokens, {count * body:,} were asked for; give more text or ask for fewer"
+        )
+    windows = torch.tensor(ids[: count * body]).view(count, body)
+    return torch.cat([torch.tensor(prefix, dtype=windows.dtype).expand(count, -1), windows], dim=1)
+
+
+def run_hashes(windows: Tensor, stride: int = RUN) -> Tensor:
+    """64-bit hashes (1-D, int64) of the runs of 32 tokens that start every `stride` tokens of consecutive windows."""
+    if windows.numel() < RUN:
+        return torch.empty(0, dtype=torch.int64)
+    runs = windows.flatten().unfold(0, RUN, stride)
+    ordered = runs.sort(dim=1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1
+    powers = [pow(6364136223846793005, i + 1, 2**64) for i in range(RUN)]
+    weights = torch.tensor([p - 2**64 if p >= 2**63 else p for p in powers])
+    return ((runs + 1) * weights).sum(1)[distinct >= DISTINCT]
+
+
+def overlap(windows: Tensor, hashes: Tensor) -> bool:
+    """Whether `windows` share text with the windows whose `run_hashes` these are.
+
+    A shared run of 63 tokens is always found, one of less than 32 never.
+    """
+    return bool(torch.isin(run_hashes(windows, stride=1), hashes).any())

@@ -1,0 +1,351 @@
+"""One decode step of a model, over one token or several, as a flat list of tensor operations.
+
+At batch 1 a small model spends more time in the Python of its modules than in its weights. But every token after the
+prompt does the same: the same operations, in the same order, on tensors of the same shapes. So the model's own
+`forward` is traced for one token, and what remains of it is a straight-line function
+
+    logits = step(token, position, *keys and values, *constants)
+
+of the parameters (by reference: changes in place are seen), of a preallocated cache, and of nothing else. Attention and
+the cache write become one operation per layer (`ops.attention`), reached through transformers' attention registry. On
+the CPU the list runs as a Python function; on a GPU it becomes a CUDA graph (`recorded`).
+
+What Python decided during the trace is frozen. So the trace is refused (`Uncapturable`) where a decision could differ
+for another token: a branch on a tensor's value; a result whose shape depends on values; a mask, window or argument of
+attention that the kernel does not know; two traces at different positions that differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import causal_mask_function
+
+from rankgate.attention.cache import CountedLayer
+from rankgate.ops.cpu.attention import attend
+from rankgate.ops.cpu.fused import fuse
+from rankgate.ops.cpu.quantized import gemv
+
+Step = Callable[[Tensor, Tensor], Tensor]  # logits (tokens, vocabulary) from tokens and positions, (1, tokens) int64
+NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
+KNOWN = {"dropout", "position_ids", "use_cache", "is_causal", "past_key_values", "cache_position", "return_dict"}
+POSITIONS = 2, 5  # where the two traces begin
+BOUND = {
+    "default",
+    "Tensor",
+    "Scalar",
+    "dim",
+    "int",
+    "Tensor_Scalar",
+    "dtype",
+}  # overloads with a binding of the same arguments
+
+
+GEMV = torch.ops.rankgate.quantized_gemv.default
+KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.rankgate.attend.default: attend,
+    GEMV: gemv,
+}
+
+
+class Uncapturable(Exception):
+    """Why a model's step cannot be traced."""
+
+
+class _TracedLayer(CountedLayer):
+    """Stands for one layer of the cache during a trace: hands out the whole buffers and remembers the new entry.
+
+    attention: takes the query, the new entry's key and value, and the scale; see `ops.attention`.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int, attention: Callable[..., Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.length, self.attention = length, attention
+        self.is_initialized = True
+        self.entry: tuple[Tensor, Tensor] | None = None
+        self.attended = False
+        keys._rankgate_layer = self  # type: ignore[attr-defined]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the buffers exist."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.entry is not None:
+            raise Uncapturable("a layer of the cache is written twice in one step")
+        self.entry = key_states, value_states
+        return self.keys, self.values
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """One operation: store the new entries, attend to all before each (1, tokens, heads, width)."""
+        if self.entry is None or self.attended:
+            raise Uncapturable("a layer's attention does not follow its cache update")
+        self.attended = True
+        return self.attention(query, *self.entry, scale)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface, for what is traced."""
+    unknown = [name for name, x in kwargs.items() if name not in KNOWN and x is not None and x is not False]
+    if attention_mask is not None or unknown:
+        raise Uncapturable(f"its attention takes {', '.join(unknown) or 'a mask'}")
+    return _attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else float(scaling)), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    layer: _TracedLayer | None = getattr(key, "_rankgate_layer", None)
+    if layer is None or value is not layer.values:
+        raise Uncapturable("its attention does not read the cache as it was written")
+    return layer.attend(query, scale)
+
+
+def _older_attention(
+    self: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, None]:
+    """The method `_attn` of models older than that interface (GPT-J, CodeGen); `scale_attn` is 1 / scale."""
+    if attention_mask is not None:
+        raise Uncapturable("its attention takes a mask")
+    return _attend(query, key, value, 1 / float(cast(Any, self).scale_attn)).transpose(1, 2), None
+
+
+def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> None:
+    """transformers' mask interface: a query token sees itself and everything before, if nothing else is asked for.
+
+    A padding mask can only be one that the model made for itself, all ones: the decode loop gives none.
+    """
+    if mask_function is not causal_mask_function:
+        raise Uncapturable("its attention mask is not plainly causal")
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+@contextlib.contextmanager
+def _own_attention(model: nn.Module) -> Iterator[None]:
+    """For as long as this lasts, the model uses our attention, and does not look for padding among its input ids."""
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    configs = {id(m.config): (m.config, m.config._attn_implementation_internal) for m in models}
+    older = [m for m in model.modules() if hasattr(m, "_attn") and hasattr(m, "scale_attn")]
+    try:
+        for module in older:
+            vars(module)["_attn"] = functools.partial(_older_attention, module)
+        for config, _ in configs.values():
+            config._attn_implementation_internal = NAME
+        for m in models:
+            vars(m)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
+        yield
+    finally:
+        for config, before in configs.values():
+            config._attn_implementation_internal = before
+        for m in models:
+            del vars(m)["warn_if_padding_and_no_attention_mask"]
+        for module in older:
+            del vars(module)["_attn"]
+
+
+def _trace(
+    model: PreTrainedModel, options: dict[str, Any], inputs: list[Tensor], buffers: list[Tensor], at: int
+) -> Any:
+    """The model's forward for tokens from position `at` on; for inputs and buffers see `_example`."""
+
+    def step(token: Tensor, position: Tensor, *cache: Tensor) -> Tensor:
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            if token.device.type == "cuda":
+                out: Tensor = torch.ops.rankgate.attend_at(q, k, v, cache[0], layer, position, scale)
+            else:
+                out = torch.ops.rankgate.attend(q, k, v, cache[2 * layer], cache[2 * layer + 1], position, scale)
+            return out
+
+        pairs = zip(buffers[::2], buffers[1::2], strict=True)
+        layers = [_TracedLayer(*pair, at, functools.partial(attention, layer)) for layer, pair in enumerate(pairs)]
+        place = {"position_ids": position} if options.get("position_ids") is not None else {}
+        out = model(**{**options, **place, "input_ids": token, "past_key_values": Cache(layers=list(layers))})
+        if not all(layer.attended for layer in layers):
+            raise Uncapturable("a layer's attention does not use transformers' attention interface")
+        logits: Tensor = out.logits[0]
+        return logits
+
+    with _own_attention(model):
+        return make_fx(step, pre_dispatch=True)(*inputs)
+
+
+def _example(
+    model: PreTrainedModel, shapes: list[torch.Size], tokens: int, at: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs of a step, and the buffers of its scratch cache.
+
+    Inputs: tokens, their positions, and the cache: all its buffers, or on a GPU the one table that tells where they
+    are.
+    """
+    device, room = model.device, max(POSITIONS) + tokens
+    buffers = [torch.zeros((1, g, room, width), dtype=model.dtype, device=device) for _, g, _, width in shapes]
+    cache = buffers
+    if device.type == "cuda":
+        from rankgate.ops.gpu.attention import table
+
+        cache = [table(buffers)]
+    positions = torch.arange(at, at + tokens, device=device)[None]
+    return [torch.zeros_like(positions), positions, *cache], buffers
+
+
+class Capture:
+    """The traced step of one model.
+
+    Args:
+        model: on one device, in evaluation mode.
+        options: keyword arguments of `model.forward` for so many tokens, as generate() would pass them.
+        shapes: of every layer's keys and values, alternating: (1, heads, any, width).
+        tokens: that a step reads at once.
+
+    Raises `Uncapturable`, or whatever the trace raises.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, options: dict[str, Any], shapes: list[torch.Size], tokens: int = 1
+    ) -> None:
+        examples = [_example(model, shapes, tokens, at) for at in POSITIONS]
+        first, second = (_trace(model, options, *example, at) for example, at in zip(examples, POSITIONS, strict=True))
+        if not _same(first, second):
+            raise Uncapturable("what it computes in Python depends on the position")
+        inputs = examples[0][0]
+        _simplify(first, inputs)
+        self.threaded = bool(first.graph.find_nodes(op="call_function", target=GEMV))  # uses threads not torch's
+        self.bind: Callable[[list[Tensor]], Step]
+        if model.device.type == "cuda":
+            from rankgate.decoding.recorded import Recorded
+
+            self.bind = Recorded(first, inputs).bind
+        else:
+            constants = [getattr(first, node.target) for node in first.graph.nodes if node.op == "get_attr"]
+            self.bind = functools.partial(_bound, _compile(first.graph), constants)
+
+    def __call__(self, token: Tensor, position: Tensor, buffers: list[Tensor]) -> Tensor:
+        """Logits (tokens, vocabulary). token, position: (1, tokens) int64; buffers: keys and values, alternating."""
+        return self.bind(buffers)(token, position)
+
+
+def _bound(function: Callable[..., Tensor], constants: list[Tensor], buffers: list[Tensor]) -> Step:
+    return lambda token, position: function(token, position, *buffers, *constants)
+
+
+def _same(a: fx.GraphModule, b: fx.GraphModule) -> bool:
+    """Whether two traces are the same computation on the same constants."""
+    for module in (a, b):
+        module.graph.eliminate_dead_code()
+    names: dict[fx.Node, fx.Node] = {}
+    if len(a.graph.nodes) != len(b.graph.nodes):
+        return False
+    for x, y in zip(a.graph.nodes, b.graph.nodes, strict=True):
+        names[y] = x
+        if x.op == "get_attr" and y.op == "get_attr":
+            left, right = getattr(a, x.target), getattr(b, y.target)
+            if left is not right and not torch.equal(left, right):
+                return False
+        elif x.op != "placeholder" and (x.op, x.target) != (y.op, y.target):
+            return False
+        if (x.args, x.kwargs) != fx.map_arg((y.args, y.kwargs), lambda n: names[n]):
+            return False
+    return True
+
+
+def _simplify(module: fx.GraphModule, inputs: list[Tensor]) -> None:
+    """Drop what is computed twice or returns its input, fuse chains; refuse shapes that depend on values."""
+    graph = module.graph
+    values: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+    written = any(node.is_impure() and getattr(node.target, "namespace", "") == "aten" for node in graph.nodes)
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            graph.erase_node(node)
+        elif node.op in {"placeholder", "output"}:
+            continue
+        elif node.op == "get_attr":
+            values[node] = getattr(module, node.target)
+            _replace(node, seen.setdefault(id(values[node]), node))
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            if _depends_on_values(node.target, args):
+                raise Uncapturable(f"the shape of {node.target} depends on values")
+            values[node] = node.target(*args, **kwargs)
+            if node.is_impure():
+                continue
+            same = next((n for n in node.all_input_nodes if _identical(values[node], values[n])), None)
+            if same is None and not written:
+                same = seen.setdefault((node.target, repr((node.args, node.kwargs))), node)
+            _replace(node, same or node)
+    graph.eliminate_dead_code()
+    if inputs[0].device.type == "cpu":  # elsewhere the compiler does
+        fuse(module, values)
+    module.recompile()
+
+
+def _replace(node: fx.Node, other: fx.Node) -> None:
+    if other is not node:
+        node.replace_all_uses_with(other)
+        node.graph.erase_node(node)
+
+
+def _depends_on_values(target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of a result does: not that of indexing with integers."""
+    if target is torch.ops.aten.index.Tensor:
+        return any(i is not None and i.dtype == torch.bool for i in args[1])
+    return torch.Tag.dynamic_output_shape in getattr(target, "tags", ())
+
+
+def _identical(a: Any, b: Any) -> bool:
+    """The same elements of the same memory."""
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+    )
+
+
+def _direct(target: Any) -> Callable[..., Any]:
+    """The cheapest way to call an operator: torch's own Python bindings skip a layer of argument handling."""
+    if target in KERNELS:
+        return KERNELS[target]
+    if not isinstance(target, torch._ops.OpOverload):  # operator.getitem, a fused chain
+        return cast(Callable[..., Any], target)
+    name = target._opname if target.namespace == "aten" and target._overloadname in BOUND else ""
+    home = next((home for home in (torch, torch._C._nn, Tensor) if hasattr(home, name)), None)
+    function: Callable[..., Any] = target._op if home is None else getattr(home, name)
+    return function
+
+
+def _compile(graph: fx.Graph) -> Callable[..., Tensor]:
+    """The graph as one Python function of its placeholders and then its constants."""
+    names: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
+    parameters = {op: [n.name for n in graph.nodes if n.op == op] for op in ("placeholder", "get_attr")}
+    last = {n: node for node in graph.nodes for n in node.all_input_nodes}
+    lines = [f"def step({', '.join(parameters['placeholder'] + parameters['get_attr'])}):"]
+    for node in graph.nodes:
+        if node.op == "output":
+            lines.append(f" return {node.args[0]}")
+        elif node.op == "call_function":
+            names[f"f_{node.name}"] = _direct(node.target)
+            arguments = [repr(a) for a in node.args] + [f"{k}={a!r}" for k, a in node.kwargs.items()]
+            lines.append(f" {node.name} = f_{node.name}({', '.join(arguments)})")
+            lines += [f" {n.name} = None" for n in node.all_input_nodes if last[n] is node and n.op == "call_function"]
+    exec("\n".join(lines), names)
+    step: Callable[..., Tensor] = names["step"]
+    return step

@@ -1,0 +1,184 @@
+"""The fast loop for one sequence: `model.generate(..., custom_generate=rankgate.decode.decode)`.
+
+generate() prepares everything that is policy (logits processors, stopping criteria, defaults) and hands over; this loop
+replaces only its token-by-token part, and returns the same tokens. What it saves is Python:
+
+    prompt      the model's ordinary forward, into a cache that grows by doubling
+    each token  a captured step (`rankgate.capture`): a flat list of tensor operations, no modules; on a GPU one CUDA
+                graph, and the next token's is launched before this one's is known to the CPU
+
+Not covered, and left to the model's own methods: steps that cannot be captured, batches, beams, padding,
+encoder-decoders, caches other than the plain dynamic one, dictionaries as results, models on several devices. Each
+model that falls back says why, once. (A loop over `forward` alone would gain nothing over generate(): its own loop is
+cheap, the modules are not.)
+How long a capture lasts, and what it sees, is said in `rankgate.steps`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import FloatTensor, LongTensor, Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+from rankgate.decoding.steps import Steps, explain, failed
+from rankgate.errors import RankgateError
+from rankgate.ops.gpu import has_triton
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """What generate() calls in place of its own loop; see there for the arguments. Returns what it would.
+
+    transformers does not hand its `streamer` to a custom loop: use `fast_generate`.
+
+    Raises RankgateError in generation modes other than greedy, sampling and beams, and for beams with a streamer.
+    """
+    mode = generation_config.get_generation_mode()
+    method = GENERATION_MODES_MAPPING[mode]
+    if method not in {"_sample", "_beam_search"}:
+        raise RankgateError(f"the fast loop has no {mode.value}: call generate() without custom_generate")
+    if streamer is not None and method != "_sample":
+        raise RankgateError("a streamer cannot follow several beams: leave out streamer, or num_beams")
+    reason = unsupported(model, input_ids, generation_config, model_kwargs)
+    if method != "_sample" or synced_gpus or reason is not None:
+        if reason is not None:
+            explain(model, reason)
+        own = getattr(type(model), method)
+        return own(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+    threads = torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            input_ids = _loop(
+                Steps(model, input_ids, model_kwargs),
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                bool(generation_config.do_sample),
+                streamer,
+            )
+    finally:
+        torch.set_num_threads(threads)
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def _loop(
+    steps: Steps,
+    ids: Tensor,
+    process: LogitsProcessorList,
+    stop: StoppingCriteriaList,
+    sample: bool,
+    streamer: BaseStreamer | None,
+) -> Tensor:
+    """The prompt `ids` (1, tokens) and what follows it."""
+    logits: Tensor | None = steps.prompt()
+    while True:
+        logits = steps.next(ids[:, -1:]) if logits is None else logits
+        scores = process(cast(LongTensor, ids), cast(FloatTensor, logits.to(torch.float32, copy=True)))
+        token = _sample(torch.softmax(scores, dim=-1)) if sample else scores.argmax(dim=-1, keepdim=True)
+        ids = torch.cat([ids, token], dim=-1)
+        news = _News(token, stop(ids, None))
+        logits = steps.next(token) if steps.ahead else None
+        token, done = news.read()
+        if streamer is not None:
+            streamer.put(token[0])
+        if bool(done.all()):
+            return ids
+
+
+def _sample(probabilities: Tensor) -> Tensor:
+    """What torch.multinomial draws for one sample, without its wait for the GPU to check the probabilities."""
+    if probabilities.device.type == "cpu":
+        return torch.multinomial(probabilities, num_samples=1)
+    return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(dim=-1, keepdim=True)
+
+
+class _News:
+    """Tensors on their way to the CPU, while the device goes on."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.event = torch.cuda.Event() if tensors[0].is_cuda else None
+        self.tensors = [t.to("cpu", non_blocking=True) for t in tensors]
+        if self.event is not None:
+            self.event.record()
+
+    def read(self) -> list[Tensor]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensors
+
+
+def fast_generate(
+    model: PreTrainedModel, input_ids: Tensor, *, loop: Callable[..., Any] = decode, **kwargs: Any
+) -> Any:
+    """`model.generate(input_ids, **kwargs)` with the fast loop or another one, streamers included."""
+    custom = functools.partial(loop, streamer=kwargs.get("streamer"))
+    return cast(Any, model).generate(input_ids, custom_generate=custom, **kwargs)
+
+
+def unsupported(
+    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
+) -> str | None:
+    """Why this call is left to the model, or None."""
+    cache = kwargs.get("past_key_values")
+    given = {name for name, value in kwargs.items() if value is not None}
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    own = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
+    reasons = {
+        "more than one sequence": input_ids.shape[0] != 1,
+        "padding": mask is not None and (mask.shape != input_ids.shape or not bool((mask == 1).all())),
+        "an encoder": model.config.is_encoder_decoder,
+        "a device without kernels": model.device.type != "cpu" and not has_triton(model.device),
+        "several devices": any(t.device != model.device for t in (*model.parameters(), *model.buffers(), input_ids)),
+        "training mode": model.training,
+        "a dictionary as result": config.return_dict_in_generate,
+        "a prompt read in chunks": config.prefill_chunk_size is not None,
+        "a cache other than a plain, empty, dynamic one": type(cache) is not DynamicCache
+        or not cache.layers
+        or any(type(layer) is not DynamicLayer or layer.get_seq_length() for layer in cache.layers)
+        or cache.offloading
+        or getattr(cache, "_is_user_defined", False)
+        or not kwargs.get("use_cache"),
+        "arguments of its own": not given
+        <= {"past_key_values", "position_ids", "use_cache", "logits_to_keep", "attention_mask"},
+        "positions of its own": positions is not None
+        and not torch.equal(positions, torch.arange(input_ids.shape[1], device=positions.device)[None]),
+        "a step that could not be captured before": failed(model),
+        "hooks on its modules": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
+        "its own preparation of arguments": any(
+            getattr(type(model), name) is not getattr(GenerationMixin, name) for name in own
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

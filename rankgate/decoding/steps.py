@@ -1,0 +1,222 @@
+"""One sequence, token by token, by captured steps (`rankgate.capture`), and its cache, which grows by doubling.
+
+A capture is made on the first call and kept with the model. It sees weights that change in place, and is made again
+when modules or parameters were replaced; a Python number that a module keeps (an ε, a flag) is frozen in it. Where a
+step cannot be captured the model's own forward is called, and says why, once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from rankgate.attention.cache import CountedLayer
+from rankgate.decoding.capture import Capture, Step, Uncapturable
+
+CAPACITY = 256  # tokens that a new cache has room for
+TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}  # of a capture's first logits, as a share of the largest
+HALF_TOLERANCE = 0.1  # the same in other dtypes
+log = logging.getLogger(__name__)
+
+
+class GrowingLayer(CountedLayer):
+    """Keys and values (1, heads, capacity, width) of one layer, of which the first `length` are filled."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def reserve(self, length: int) -> None:
+        """Have room for `length` tokens."""
+        assert self.keys is not None and self.values is not None
+        capacity = self.keys.shape[2]
+        if length > capacity:
+            capacity = max(CAPACITY, 1 << (length - 1).bit_length())
+            self.keys, self.values = (self._moved(old, capacity) for old in (self.keys, self.values))
+
+    def _moved(self, old: Tensor, capacity: int) -> Tensor:
+        new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
+        new[:, :, : old.shape[2]] = old
+        return new
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.reserve(self.length)
+        assert self.keys is not None and self.values is not None
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+_explained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_captures: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[int, Capture | None]]] = weakref.WeakKeyDictionary()
+
+
+def explain(model: nn.Module, reason: str) -> None:
+    """Warn, once per model."""
+    if model not in _explained:
+        _explained.add(model)
+        warnings.warn(f"{type(model).__name__} generates without the fast path: {reason}", stacklevel=2)
+
+
+def captured(model: nn.Module, tokens: int = 1) -> Capture | None:
+    """The capture of `model` for so many tokens at once, if there is one."""
+    return _captures.get(model, (None, {}))[1].get(tokens)
+
+
+def failed(model: nn.Module) -> bool:
+    """Whether a step of the model as it is now was tried, and could not be captured."""
+    key, captures = _captures.get(model, (None, {}))
+    return 1 in captures and captures[1] is None and bool(key[0] == _fingerprint(model))
+
+
+def _fingerprint(model: nn.Module) -> Any:
+    """Equal as long as a capture of the model holds: the same modules, with the same tensors of the same dtypes."""
+    modules = [(weakref.ref(m), id(vars(m).get("forward"))) for m in model.modules()]
+    tensors = [
+        (id(t), t.dtype)
+        for m in model.modules()
+        for t in (*m._parameters.values(), *m._buffers.values())
+        if t is not None
+    ]
+    return modules, tensors
+
+
+class Steps:
+    """The prompt, and then more of one sequence."""
+
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+        self.model = model
+        self.layers = [GrowingLayer() for _ in kwargs["past_key_values"].layers]
+        kwargs = {**kwargs, "past_key_values": Cache(layers=list(self.layers)), "attention_mask": None}
+        self.inputs = cast(Any, model).prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+        self.inputs["return_dict"] = True
+        self.length = input_ids.shape[1]  # tokens in the cache after the current call
+        self.position = torch.tensor([[self.length - 1]], device=input_ids.device)  # of the last of them
+        self.captures: dict[int, Capture | None] = {}  # by tokens read at once; the model's, once they are known
+        self.steps: dict[int, Step] = {}  # those of them that are bound to the cache of this capacity:
+        self.capacity = 0
+
+    @property
+    def ahead(self) -> bool:
+        """Whether steps return before they are through, so that one may be begun that turns out not to be needed."""
+        return self.captures.get(1) is not None and self.position.is_cuda
+
+    def prompt(self) -> Tensor:
+        """Logits (1, vocabulary) after the prompt."""
+        logits: Tensor = self.model(**self.inputs).logits[0, -1:]
+        return logits
+
+    def next(self, token: Tensor) -> Tensor:
+        """Logits (1, vocabulary) after one more token (1, 1)."""
+        self.position += 1
+        return self._read(token, 1, self.position)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits (tokens, vocabulary) after each of several more tokens (1, tokens), by the model's own forward."""
+        self.length += ids.shape[1]
+        self.position += ids.shape[1]
+        return self._forward(ids)
+
+    def read_captured(self, ids: Tensor, size: int) -> Tensor:
+        """The same by a captured step over `size` tokens, of which the last ones may be there for nothing."""
+        count = ids.shape[1]
+        positions = self.position + torch.arange(1, size + 1, device=ids.device)
+        self.position += count
+        filled = torch.cat([ids, ids[:, -1:].expand(1, size - count)], dim=1)
+        return self._read(filled, count, positions)[:count]
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = length
+        self.position.fill_(length - 1)
+
+    def _read(self, ids: Tensor, count: int, positions: Tensor) -> Tensor:
+        """Logits after each of `ids`, the first `count` of which belong to the text, at `positions` (1, tokens)."""
+        size = ids.shape[1]
+        self.length += count
+        if size not in self.captures:
+            self.captures = self._known()
+        if size not in self.captures:
+            logits = self._forward(ids[:, :count])
+            self.captures[size] = self._checked(ids, positions, logits)
+            return logits
+        capture = self.captures[size]
+        return self._forward(ids[:, :count]) if capture is None else self._replay(ids, count, positions, capture)
+
+    def _known(self) -> dict[int, Capture | None]:
+        """The captures of the model as it is now."""
+        key = _fingerprint(self.model), self._options(1)
+        if self.model not in _captures or _captures[self.model][0] != key:
+            _captures[self.model] = key, {}
+        return _captures[self.model][1]
+
+    def _options(self, tokens: int) -> dict[str, Any]:
+        """Keyword arguments of `forward` for so many tokens at once."""
+        options = {k: v for k, v in self.inputs.items() if k not in {"input_ids", "past_key_values", "position_ids"}}
+        return options if tokens == 1 or "logits_to_keep" not in options else {**options, "logits_to_keep": 0}
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        """Logits after each of `ids`, which end the text; by the model's own forward."""
+        start = self.length - ids.shape[1]
+        self._reserved(self.length)
+        for layer in self.layers:
+            layer.length = start
+        given = self._options(ids.shape[1])
+        if self.inputs.get("position_ids") is not None:
+            given["position_ids"] = torch.arange(start, self.length, device=ids.device)[None]
+        logits: Tensor = self.model(input_ids=ids, past_key_values=self.inputs["past_key_values"], **given).logits[0]
+        return logits
+
+    def _replay(self, ids: Tensor, count: int, positions: Tensor, capture: Capture) -> Tensor:
+        size = ids.shape[1]
+        end = self.length - count + size
+        if end > self.capacity or size not in self.steps:
+            buffers = self._reserved(end)
+            self.steps[size] = capture.bind(buffers)
+        if capture.threaded:  # their threads and torch's, which wait by spinning, would share the cores
+            torch.set_num_threads(1)
+        with torch.inference_mode():
+            return self.steps[size](ids, positions)
+
+    def _reserved(self, length: int) -> list[Tensor]:
+        """Keys and values of every layer, alternating, with room for `length` tokens; the prompt has been read."""
+        if length > self.capacity:
+            for layer in self.layers:
+                layer.reserve(length)
+            self.steps.clear()
+        pairs = [(layer.keys, layer.values) for layer in self.layers]
+        buffers = [buffer for pair in pairs for buffer in pair if buffer is not None]
+        self.capacity = buffers[0].shape[2]
+        return buffers
+
+    def _checked(self, ids: Tensor, positions: Tensor, expected: Tensor) -> Capture | None:
+        """A capture that gave the expected logits for tokens that are in the cache already; None if there is none."""
+        start, count = time.perf_counter(), len(expected)
+        try:
+            buffers = [buffer.clone() for buffer in self._reserved(self.length - count + ids.shape[1])]
+            shapes = [buffer.shape for buffer in buffers]
+            capture = Capture(self.model, {**self.inputs, **self._options(ids.shape[1])}, shapes, ids.shape[1])
+            got = capture(ids, positions, buffers)[:count]
+            error = (got - expected).abs().max() / expected.abs().max()
+            if not error <= TOLERANCE.get(expected.dtype, HALF_TOLERANCE):
+                raise Uncapturable(f"the captured step is off by {float(error):.1e}")
+        except Exception as error:  # a trace can fail in any way that the model's code can
+            explain(self.model, str(error).partition("\n")[0])
+            return None
+        log.info("captured a step of %s in %.1f s", type(self.model).__name__, time.perf_counter() - start)
+        return capture

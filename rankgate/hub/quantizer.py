@@ -1,0 +1,90 @@
+"""Converted models are at home in transformers: a quantisation like others, registered when rankgate is imported.
+
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=RankgateConfig("lrq", rank=16))
+    model.save_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+
+`config.json` says how (`quantization_config`: the method, and what every converted module is made of), safetensors
+files hold the tensors. None of them has the name of a dense weight, so that nobody can take it for one.
+
+This module is imported while transformers is: it must not need more of it than its quantizers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from rankgate.errors import RankgateError
+from rankgate.hub.config import NAME, RankgateConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@register_quantizer(NAME)
+class RankgateQuantizer(HfQuantizer):
+    """What transformers asks of a quantisation: empty modules before loading, or conversion after it."""
+
+    quantization_config: RankgateConfig
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained beside converted weights, which stay as they are."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
+        """Every tensor once, under the name of the first member of its group."""
+        aliases = {name for name, kept in model.all_tied_weights_keys.items() if ".group." in kept or ".gate." in kept}
+        return {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}, {}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if self.pre_quantized:
+            import torch
+
+            from rankgate.hub.layout import rebuild, tie
+
+            modules = self.quantization_config.modules or []
+            with torch.device("meta"):
+                rebuild(model, modules, model.dtype)
+            tie(model)
+            self.expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            for module in modules:  # a parent may want to initialise weights of its children, which are not there
+                parent = model.get_submodule(module["name"].rpartition(".")[0])
+                if not parent._non_persistent_buffers_set:  # what it has itself is stored
+                    parent._is_hf_initialized = True  # type: ignore[assignment]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        from rankgate.hub.loading import align_, convert_loaded_, freeze_
+
+        align_(model)
+        if self.pre_quantized:
+            self._check_shapes(model)
+            freeze_(model)
+            self.quantization_config.build().attach(model)
+        else:
+            convert_loaded_(model, self.quantization_config)
+        return model
+
+    def _check_shapes(self, model: PreTrainedModel) -> None:
+        """As later versions of transformers do; 5.17 takes any shape where there is a quantizer."""
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != self.expected[name]:
+                found, expected = (" × ".join(map(str, shape)) for shape in (tensor.shape, self.expected[name]))
+                raise RankgateError(f"the model is damaged, convert it again: {name} is {found}, not {expected}")
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from rankgate.hub.loading import dequantize_
+
+        dequantize_(model, dtype)
+        return model

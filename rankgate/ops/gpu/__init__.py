@@ -1,0 +1,37 @@
+"""The backend of NVIDIA GPUs (Triton). Without Triton everything there is computed as it is defined."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankgate.core import few
+from rankgate.core import gated as gated_definition
+from rankgate.ops.register import register
+from rankgate.ops.rounding import round_block_reference
+from rankgate.quantized import gemv as gemv_definition
+
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on `device`."""
+    return device.type == "cuda" and TRITON
+
+
+def takes(x: Tensor, *_: Any) -> bool:
+    """Whether the kernels for a few tokens take x (…, n)."""
+    return TRITON and few(x) and x.dtype != torch.float64
+
+
+register("gated", "CUDA", "rankgate.ops.gpu.gated.gemv", takes=takes, definition=gated_definition)
+register("quantized_gemv.parts", "CUDA", "rankgate.ops.gpu.quantized.gemv_of", takes=takes, definition=gemv_definition)
+register("attend_at", "CUDA", "rankgate.ops.gpu.attention.attend")
+register(
+    *("round_block", "CUDA", "rankgate.ops.gpu.rounding.round_block"),
+    takes=lambda *_: TRITON,
+    definition=round_block_reference,
+)

@@ -1,0 +1,1 @@
+"""What people read: comparisons, tables, plots, HTML, the bench."""

@@ -1,0 +1,141 @@
+"""The Triton kernel against the oracle: on the GPU where there is one, in Triton's interpreter elsewhere."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cpu_kernels import FLOAT32_STEPS, group
+from torch import Tensor
+
+from rankgate.ops.attention import attend_reference
+from rankgate.ops.gpu import attention as attention_gpu
+from rankgate.ops.gpu import gated as gated_gpu
+from rankgate.ops.gpu import quantized as quantized_gpu
+from rankgate.quantized import QuantizedGroup
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = (
+    # m, n, bits, zero points, rank, share of open channels, tokens
+    (1, 1, 4, False, 5, 0.5, 1),
+    (65, 70, 4, False, 0, 0.0, 1),
+    (70, 577, 8, False, 0, 0.0, 8),
+    (200, 63, 8, True, 5, 0.1, 3),
+    (129, 577, 4, True, 5, 0.1, 3),
+    (66, 130, 4, False, 16, 1.0, 8),
+    (130, 1100, 4, False, 16, 0.1, 1),
+)
+
+
+def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
+    """Float32 rounding of sums whose terms are up to 2,064 x scale at 4 bits, before the offset is taken off again."""
+    scale = quantized.base.scale.float().repeat_interleave(64, 1)[:, : x.shape[-1]]
+    whole = quantized.base.dequantize().abs() + (2064 * scale if quantized.base.bits == 4 else 0)
+    if quantized.low_rank is not None:
+        whole += (quantized.low_rank.A.abs().float() * quantized.low_rank.scale) @ quantized.low_rank.B.abs().float()
+    if quantized.refinement is not None:
+        whole += 8 * quantized.refinement.row.float()[:, None] * quantized.refinement.column.float()
+    return FLOAT32_STEPS * torch.finfo(torch.float32).eps * (x.abs() @ whole.T)
+
+
+def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
+    y = quantized_gpu.gemv(x.reshape(-1, quantized.n), *quantized.parts)
+    return y.view(*x.shape[:-1], quantized.m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_is_the_oracle_but_for_rounding(case: tuple[int, int, int, bool, int, float, int], dtype: torch.dtype):
+    m, n, bits, zero, rank, opened, tokens = case
+    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened).to(DEVICE)
+    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
+    expected = quantized.reference(x.float())
+    rounding = torch.finfo(dtype).eps * expected.abs() if dtype != torch.float32 else 0  # twice that of rounding once
+    y = gemv(x, quantized)
+    assert y.dtype == dtype
+    assert ((y.float() - expected).abs() <= rounding + bound(quantized, x.float())).all()
+
+
+def test_an_input_that_begins_anywhere():
+    quantized, buffer = group(40, 64).to(DEVICE), torch.randn(70, device=DEVICE).to(torch.bfloat16)
+    for start in range(4):
+        x = buffer[start : start + 64][None]
+        torch.testing.assert_close(gemv(x, quantized), quantized.reference(x), rtol=0.02, atol=0.02)
+
+
+def test_leading_dimensions_and_strides():
+    quantized = group(40, 96, rank=8, opened=0.5).to(DEVICE)
+    x = torch.randn(2, 1, 192, device=DEVICE)[..., ::2]
+    y = gemv(x, quantized)
+    assert y.shape == (2, 1, 40)
+    assert ((y - quantized.reference(x)).abs() <= bound(quantized, x)).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_not_hidden(value: float):
+    x = torch.ones(1, 70, device=DEVICE)
+    x[0, 69] = value
+    assert not torch.isfinite(gemv(x, group(65, 70, rank=4, opened=0.5).to(DEVICE))).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4, 16, 16), (6, 2, 64, 64), (3, 1, 5, 7)], ids=str)
+def test_attention_along_a_text(heads: tuple[int, int, int, int], dtype: torch.dtype):
+    H, G, d, e = heads
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    caches = [[random(1, G, 150, w) for w in (d, e, d, e)] for _ in "ab"]
+    caches[1] = [buffer.clone() for buffer in caches[0]]
+    cache = attention_gpu.table(caches[0])
+    for at, count in ((0, 1), (63, 1), (149, 1), (0, 3), (126, 5)):
+        q, k, v = random(1, H, count, d), random(1, G, count, d), random(1, G, count, e)
+        position = torch.arange(at, at + count, device=DEVICE)[None]
+        y = attention_gpu.attend(q, k, v, cache, 1, position, 0.3)
+        wide = [buffer.float() for buffer in caches[1][2:]]
+        exact = attend_reference(q.float(), k.float(), v.float(), *wide, position, 0.3)
+        assert y.shape == (1, count, H, e)
+        assert y.dtype == dtype
+        eps = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+        assert ((y.float() - exact).abs() <= eps * exact.abs() + 1e-5).all()
+        for buffer, exact_buffer in zip(caches[1][2:], wide, strict=True):
+            buffer.copy_(exact_buffer)
+        assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (70, 63, 5, 3), (40, 130, 130, 1), (65, 300, 270, 8)], ids=str)
+def test_subspaces_with_and_without_a_gate(shape: tuple[int, int, int, int], dtype: torch.dtype):
+    """Tokens alternate between the subspace and all of the space, far from where the gate could tie."""
+    m, n, k, tokens = shape
+    generator = torch.Generator().manual_seed(2)
+    B = torch.linalg.qr(torch.randn(n, n, generator=generator))[0][:, :k].T.to(DEVICE, dtype).contiguous()
+    W = torch.randn(m, n, generator=generator).to(DEVICE, dtype)
+    A = (W.float() @ B.float().T).to(dtype)
+    x = torch.randn(tokens, n, generator=generator).to(DEVICE)
+    x[::2] = x[::2] @ B.T.float() @ B.float()
+    x = x.to(dtype)
+    low, full = (x.float() @ B.float().T) @ A.float().T, x.float() @ W.float().T
+    inside = ((torch.arange(tokens, device=DEVICE) % 2 == 0) | (k == n))[:, None]
+    cases = {0.1: torch.where(inside, low, full), 2.0: low, 0.0: full}
+    scale = x.float().norm(dim=1, keepdim=True) * W.float().norm(dim=1)
+    limit = 1e-6 * scale * n**0.5 + torch.finfo(dtype).eps * scale * (dtype != torch.float32)
+    for eps, expected in cases.items():
+        y = gated_gpu.gemv(x, B, A, W, eps)
+        assert y.dtype == dtype
+        assert ((y.float() - expected).abs() <= limit).all()
+    y = gated_gpu.gemv(x[None], B, A, None, None)
+    assert ((y[0].float() - low).abs() <= limit).all()
+
+
+def test_kernels_compile_for_a_gpu():
+    """Without one: Triton brings its compiler."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "_refine" in done.stdout

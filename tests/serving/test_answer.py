@@ -1,0 +1,52 @@
+"""Texts token by token: what is passed on, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankgate.hub.opening import Opened, open_any
+from rankgate.serving import answer as answering
+from rankgate.serving.answer import Sampling
+
+
+@pytest.fixture
+def opened(chat_dir: Path) -> Opened:
+    return open_any(str(chat_dir))
+
+
+def pieces_of(opened: Opened, prompt: str, monkeypatch: pytest.MonkeyPatch, text: str, *stop: str) -> list[str]:
+    """What `answer` passes on while a model says `text`, a byte at a time."""
+
+    def says(model: object, ids: torch.Tensor, **options: object) -> None:
+        streamer = options["streamer"]
+        streamer.put(ids)  # type: ignore[attr-defined]
+        for token in opened.tokenizer(text).input_ids:
+            streamer.put(torch.tensor([token]))  # type: ignore[attr-defined]
+        streamer.end()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(answering, "fast_generate", says)
+    pieces: list[str] = []
+    ids = opened.tokenizer(prompt).input_ids
+    answering.answer(opened, ids, Sampling(1000, stop=stop), pieces.append, lambda: False)
+    return pieces
+
+
+def test_text_is_passed_on_when_it_is_certain(opened: Opened, monkeypatch: pytest.MonkeyPatch):
+    def pieces(text: str, *stop: str) -> list[str]:
+        return pieces_of(opened, "?", monkeypatch, text, *stop)
+
+    assert pieces("héllo") == ["h", "é", "l", "l", "o"]
+    assert pieces("a\N{SNOWMAN}\N{GRINNING FACE}") == ["a", "\N{SNOWMAN}", "\N{GRINNING FACE}"]
+    assert pieces("ab<en<end>c", "<end>") == ["a", "b", "<en"]
+    assert pieces("ab<en", "<end>") == ["a", "b", "<en"]
+    assert pieces("aabab", "abab", "c") == ["a"]
+    assert pieces("xyz", "y", "xyz!") == ["x"]
+
+
+def test_what_never_becomes_a_character_is_passed_on(opened: Opened, monkeypatch: pytest.MonkeyPatch):
+    half = opened.tokenizer("é").input_ids[0]
+    monkeypatch.setattr(type(opened.tokenizer), "__call__", lambda *_: type("Ids", (), {"input_ids": [half] * 40}))
+    assert "".join(pieces_of(opened, "?", monkeypatch, "")) == "\N{REPLACEMENT CHARACTER}" * 40
