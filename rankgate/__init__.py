@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from rankgate import moved  # noqa: F401  finds modules by their former names
+
 if TYPE_CHECKING:
     from rankgate.attention.attend import AttentionConfig, select_tokens_
     from rankgate.attention.heads import try_heads

@@ -10,7 +10,7 @@ registers what it does better, below; nobody above chooses between kernels.
     quantized_gemv.parts  CPU     1-8     ops/cpu/quantized.py   the same in a graph
     quantized_gemv.parts  CUDA    1-8     ops/gpu/quantized.py   Q x, and ops/gpu/refined.py beside it
     unpack                CPU     9-      ops/cpu/quantized.py   Q in float32
-    attend                CPU     1       ops/cpu/attention.py   over the cache of a layer
+    attend                CPU     1-1     ops/cpu/attention.py   over the cache of a layer
     attend_at             CUDA    1-      ops/gpu/attention.py   over a cache found through a table
     round_block           CPU     -       ops/cpu/rounding.py    while converting
     round_block           CUDA    -       ops/gpu/rounding.py    while converting

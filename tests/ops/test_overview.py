@@ -1,0 +1,69 @@
+"""What the docstring of `rankgate.ops` says of operators, devices, numbers of tokens and files is so."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cpu_kernels import group
+
+from rankgate import ops
+from rankgate.core import FEW
+from rankgate.ops.gpu import attention as attention_gpu
+from rankgate.ops.register import ROUTES
+
+ROW = re.compile(
+    r"^ {4}(?P<operator>[a-z_.]+) +(?P<device>CPU|CUDA) +(?P<tokens>[\d-]+) +(?P<file>ops/\S+)", re.MULTILINE
+)
+RANGE = re.compile(r"(\d*)-(\d*)")
+ROWS = [row.groupdict() for row in ROW.finditer(ops.__doc__ or "")]
+
+
+def call(operator: str, device: str, tokens: int) -> Any:
+    """As definitions call it; what is registered for a GPU is given tensors of the CPU (Triton's interpreter)."""
+    registered = ROUTES[operator, device].call
+    x = torch.randn(tokens, 70)
+    match operator:
+        case "gated":
+            return registered(x, torch.eye(70)[:8].contiguous(), torch.randn(9, 8), torch.randn(9, 70), 0.5)
+        case "quantized_gemv.parts" if device == "CUDA":
+            return registered(x, group(65, 70).parts)
+        case "quantized_gemv" | "quantized_gemv.parts" | "unpack":
+            return group(65, 70)(x)
+        case "attend" | "attend_at":
+            q, k, v, keys, values = (torch.randn(1, 2, count, 8) for count in (*[tokens] * 3, 64, 64))
+            cache = (keys, values) if operator == "attend" else (attention_gpu.table([keys, values]), 0)
+            return registered(q, k, v, *cache, torch.arange(tokens)[None], 0.3)
+        case "round_block":
+            return registered(*(torch.rand(8, 8) + 0.1 for _ in range(4)), 0, 15)
+    raise ValueError(operator)
+
+
+def test_every_route_is_in_the_overview_and_nothing_else():
+    assert {(row["operator"], row["device"]): row["file"] for row in ROWS} == {
+        key: route.module.removeprefix("rankgate.").replace(".", "/") + ".py" for key, route in ROUTES.items()
+    }
+    for row in ROWS:
+        assert (Path(ops.__file__).parent.parent / row["file"]).is_file()
+        name = f"rankgate::{row['operator']}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, row["device"])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['operator']}-{row['device']}")
+def test_kernels_compute_these_numbers_of_tokens(row: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    operator, device = row["operator"], row["device"]
+    route = ROUTES[operator, device]
+    module, calls = importlib.import_module(route.module), []
+    function = "_attend" if operator == "attend" else route.function  # which steps call past the dispatcher
+    kernel = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *arguments: calls.append(operator) or kernel(*arguments))
+    if operator == "quantized_gemv.parts" and device == "CPU":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    first, last = RANGE.fullmatch(row["tokens"]).groups()
+    least, most = int(first or 1), int(last or 3 * FEW)
+    for tokens in {least - 1, least, most, most + 1} - {0}:
+        calls.clear()
+        call(operator, device, tokens)
+        assert bool(calls) == (least <= tokens and (not last or tokens <= most)), tokens
