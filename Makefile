@@ -1,10 +1,10 @@
-# Two commands on a fresh machine with Python ≥ 3.11:  make demo   make test
+# Two commands on a fresh machine with Python ≥ 3.11:  make demo   make test     (make test-all: what CONTRIBUTING.md says)
 PYTHON ?= python3
 BIN := .venv/bin
 
-LOADING := tests/test_quantizer.py tests/test_checkpoint.py tests/test_decode.py tests/test_steps.py
+OLDEST := tests/hub/test_quantizer.py tests/hub/test_checkpoint.py tests/decoding/test_decode.py tests/decoding/test_steps.py
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: .venv/demo
 	$(BIN)/rankgate demo -o report
@@ -13,9 +13,13 @@ test: .venv/test .venv/oldest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -n 2 -m "not real and not slow"
+	$(BIN)/python -m pytest -m real
+	PYTHONPATH=.venv/oldest $(BIN)/python -m pytest -n 2 $(OLDEST)
+
+test-all: test
 	$(BIN)/python -m pytest -m slow
-	PYTHONPATH=.venv/oldest $(BIN)/python -m pytest -n 2 $(LOADING)
 
 # torch first, by its exact version: where a CPU build of it is at hand, pip takes that one
 .venv/demo: pyproject.toml constraints.txt

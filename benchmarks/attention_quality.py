@@ -9,14 +9,13 @@ about half of the keys. The file is written after every sequence. Forty minutes 
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from provenance import write
+from frame import MODEL, Columns, Content, Row, parser, source, spread, start, table, write
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,21 +25,20 @@ from rankgate.attention.strands import Heads
 from rankgate.conversion.convert import twin
 from rankgate.hub.opening import Opened, open_dense
 
-MODEL, SEQUENCES, HEAD_TOKENS = "smollm2-135m", 8, 4096
+SEQUENCES, HEAD_TOKENS = 8, 4096
 LENGTHS, TAU, WINDOWS, SHARES = (512, 2048, 4096), 0.3, (64, 128, 256), (0.55, 0.4)
 CONTROL = 0.3  # of the length: a window for all heads that reads half of the keys
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with valid.txt and test.txt")
-    arguments = parser.parse_args()
-    opened, results = open_dense(MODEL), []
+    folder = start(parser(__doc__, "folder")).folder
+    opened = open_dense(MODEL)
+    results: list[Row] = []
     settings = {"model": MODEL, "text": "WikiText-2 test", "sequences": SEQUENCES, "head_tokens": HEAD_TOKENS}
     for length in LENGTHS:
-        windows = opened.windows(str(arguments.data / "test.txt"), SEQUENCES * length, length)
-        cases = list(configs(opened, str(arguments.data / "valid.txt"), length))
-        rows: list[dict[str, Any]] = [{"length": length, **name, "sequences": []} for name, _ in cases]
+        windows = opened.windows(str(folder / "test.txt"), SEQUENCES * length, length)
+        cases = list(configs(opened, str(folder / "valid.txt"), length))
+        rows: list[Row] = [{"length": length, **name, "sequences": []} for name, _ in cases]
         for window in windows:
             reference = logits(opened.model, window)
             for row, (_, config) in zip(rows, cases, strict=True):
@@ -50,7 +48,7 @@ def main() -> None:
         results += rows
 
 
-def configs(opened: Opened, valid: str, length: int) -> Iterator[tuple[dict[str, Any], AttentionConfig]]:
+def configs(opened: Opened, valid: str, length: int) -> Iterator[tuple[Row, AttentionConfig]]:
     yield {"rule": "paper", "tau": TAU}, AttentionConfig("paper", TAU)
     for window in WINDOWS:
         yield {"rule": "windowed", "tau": TAU, "window": window}, AttentionConfig("windowed", TAU, window)
@@ -60,12 +58,13 @@ def configs(opened: Opened, valid: str, length: int) -> Iterator[tuple[dict[str,
     costs = try_heads(opened.model, opened.windows(valid, HEAD_TOKENS, length))
     for share in SHARES:
         plan = costs.plan(share)
-        kinds: dict[str, int] = {}
-        for head in (head for layer in plan.heads for head in layer):
-            name = "all" if head.window is None else f"{head.window}" + (f", tau {head.tau}" if head.tau else "")
-            kinds[name] = kinds.get(name, 0) + 1
+        kinds = Counter(kind(head) for layer in plan.heads for head in layer)
         row = {"rule": "by head", "keys": share, "predicted": plan.loss, "heads": kinds}
         yield row, AttentionConfig(heads=plan.heads)
+
+
+def kind(head: Heads) -> str:
+    return "all" if head.window is None else f"{head.window}" + (f", tau {head.tau}" if head.tau else "")
 
 
 def measured(opened: Opened, window: Tensor, reference: Tensor, config: AttentionConfig) -> dict[str, float]:
@@ -84,6 +83,52 @@ def logits(model: Any, window: Tensor) -> Tensor:
     """Log probabilities (T × vocabulary)."""
     with torch.inference_mode():
         return F.log_softmax(model(input_ids=window[None], use_cache=False).logits[0].float(), -1)
+
+
+def how(r: Row) -> str:
+    """The rule, and of how many sequences the row is if not of all."""
+    if r["rule"] == "by head":
+        rule = f"by head, {r['keys']:.0%} asked for"
+    elif r["rule"] == "one window":
+        rule = f"one window of {r['window']}"
+    else:
+        rule = f"{r['rule']}, τ = {r['tau']:g}" + (f", w = {r['window']}" if "window" in r else "")
+    few = len(r["sequences"]) < SEQUENCES
+    return rule + (f" ({len(r['sequences'])} sequences)" if few else "")
+
+
+def of_sequences(name: str, digits: int) -> Callable[[Row], str]:
+    return lambda r: spread((s[name] for s in r["sequences"]), digits)
+
+
+QUALITY: Columns = {
+    "T": lambda r: str(r["length"]),
+    "attention": how,
+    "keys read": of_sequences("keys", 2),
+    "ppl ratio": of_sequences("ratio", 4),
+    "top-1": of_sequences("top1", 3),
+}
+DIVERGENCE: Columns = {"KL mean": of_sequences("kl", 4)}
+
+
+def overview(content: Content) -> str:
+    """For the README: the longest texts."""
+    longest = max(r["length"] for r in content["results"])
+    return table((r for r in content["results"] if r["length"] == longest and r["sequences"]), QUALITY)
+
+
+def section(content: Content) -> str:
+    settings = content["settings"]
+    return f"""## Quality with fewer keys
+
+SmolLM2-135M, float32, {settings["text"]}, sequences of T tokens; mean ± standard deviation over {settings["sequences"]}
+of them (fewer where the row says so). *keys read*: of those of dense attention. *one window*: the same window for all
+heads and no representatives. *by head*: a window and a tolerance for each key head, chosen on
+{settings["head_tokens"]:,} tokens of WikiText-2 valid in sequences of the same length, see
+`rankgate.attention.heads`. {source(content)}
+
+{table((r for r in content["results"] if r["sequences"]), QUALITY, DIVERGENCE)}
+"""
 
 
 if __name__ == "__main__":

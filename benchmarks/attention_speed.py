@@ -1,4 +1,4 @@
-"""From which length on attention to fewer keys pays: results/attention_speed_cpu.json, or _h100.json.
+"""From which length on attention to fewer keys pays: results/attention_speed/cpu.json, h100.json.
 
     python benchmarks/attention_speed.py --model smollm2-135m --text FILE [--device cuda] [--lengths 512 2048]
 
@@ -10,15 +10,12 @@ absolute ones are kept for GPUs only, where the model is bfloat16. A quiet machi
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu import device_name
-from provenance import write
+from frame import Columns, Content, Row, card, device_name, in_turn, parser, place, record, source, start, table
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -27,7 +24,7 @@ from rankgate.attention.attend import decoder
 from rankgate.attention.probe import dense, probing
 from rankgate.attention.select import Selection, cascade, select, unit
 from rankgate.attention.strands import Heads, Strand
-from rankgate.hub.opening import open_dense
+from rankgate.hub.opening import Opened, open_dense
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LAYER = 15
@@ -41,27 +38,28 @@ SETTINGS = {  # of key heads: all alike by the layer's states, or each by its ow
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    arguments = parser.parse_args()
-    opened = open_dense(arguments.model, arguments.device)
-    if arguments.device != "cpu":
+    options = parser(__doc__, "--device", "--model")
+    options.add_argument("--text", required=True)
+    options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    arguments = start(options)
+    device = arguments.device
+    opened = open_dense(arguments.model, device)
+    if device != "cpu":
         opened.model.to(torch.bfloat16)
     _, layers = decoder(opened.model)
     del layers[LAYER + 1 :]
     opened.model.config.num_hidden_layers = len(layers)
     opened.model.config.max_position_embeddings = max(arguments.lengths)  # its speed, not what it says, is measured
-    results = []
-    for length in arguments.lengths:
-        ids = opened.windows(arguments.text, length, length)
-        results += [{"length": length, **row} for row in rows(*captured(opened.model, ids), arguments.device)]
-        print(*results[-2 - len(SETTINGS) :], sep="\n", flush=True)
-        name = torch.cuda.get_device_name() if arguments.device != "cpu" else "CPU"
-        settings = {"device": name, "layer": LAYER, "repeats": REPEATS}
-        write(f"attention_speed_{device_name(arguments.device)}", settings, results)
+    settings = {"device": card(device), "layer": LAYER, "repeats": REPEATS}
+    rows = measured(opened, arguments.text, arguments.lengths)
+    record(f"attention_speed/{device_name(device)}", settings, rows)
+
+
+def measured(opened: Opened, text: str, lengths: list[int]) -> Iterator[Row]:
+    for length in lengths:
+        taken = captured(opened.model, opened.windows(text, length, length))
+        for row in rows_of(*taken):
+            yield {"length": length, **row}
 
 
 def captured(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor, float]]:
@@ -85,8 +83,9 @@ def captured(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], tuple[T
 
 
 @torch.inference_mode()
-def rows(states: list[Tensor], taken: tuple[Tensor, Tensor, Tensor, float], device: str) -> list[dict[str, Any]]:
+def rows_of(states: list[Tensor], taken: tuple[Tensor, Tensor, Tensor, float]) -> list[Row]:
     (before, x), (q, k, v, scale) = states, taken
+    device = x.device.type
     first, anew = select(before, 0.3), select(x, 0.3)
     chain = cascade(x, 0.3, first)
     calls: dict[str, Callable[[], Any]] = {
@@ -113,23 +112,27 @@ def rows(states: list[Tensor], taken: tuple[Tensor, Tensor, Tensor, float], devi
                 attend(strand, (q, k, v), x, anew if len(parts) == 1 else None, scale)
             return strands
 
+        def read_one(name: str = name) -> list[Tensor]:
+            return [attend(strand.copy(), one, x[-1:], None, scale) for strand in held[name]]
+
         held[name] = read()
         calls[name] = read
-        calls[f"{name}, decoding"] = (
-            lambda name=name: [  # type: ignore[misc]
-                attend(strand.copy(), one, x[-1:], None, scale) for strand in held[name]
-            ]
-        )
-    seconds = timed(calls, device)
-    plain = k.nbytes + v.nbytes
-    out = [row("select", seconds["select"], seconds["dense"], device, r=anew.share, dots=anew.dots)]
-    out.append(row("cascade", seconds["cascade"], seconds["dense"], device, r=chain.share, dots=chain.dots))
+        calls[f"{name}, decoding"] = read_one
+    seconds = {name: statistics.median(times) for name, times in in_turn(calls, REPEATS, device).items()}
+
+    def ratio(name: str, dense: str, key: str, prefix: str = "") -> Row:
+        """Against dense attention; on a GPU also absolute."""
+        own, reference = seconds[name], seconds[dense]
+        absolute = {} if device == "cpu" else {f"{prefix}ms": 1e3 * own, f"dense_{prefix}ms": 1e3 * reference}
+        return {key: own / reference, **absolute}
+
+    out: list[Row] = []
+    for name, selection in (("select", anew), ("cascade", chain)):
+        out.append({"what": name, **ratio(name, "dense", "x dense"), "r": selection.share, "dots": selection.dots})
     for name, strands in held.items():
-        step_seconds, dense_seconds = seconds[f"{name}, decoding"], seconds["dense, decoding"]
-        more = {"decode": step_seconds / dense_seconds, "cache": sum(strand.nbytes for strand in strands) / plain}
-        if device != "cpu":
-            more |= {"decode_ms": 1e3 * step_seconds, "dense_decode_ms": 1e3 * dense_seconds}
-        out.append(row(name, seconds[name], seconds["dense"], device, **more))
+        cache = sum(strand.nbytes for strand in strands) / (k.nbytes + v.nbytes)
+        step_ratio = ratio(f"{name}, decoding", "dense, decoding", "decode", "decode_")
+        out.append({"what": name, **ratio(name, "dense", "x dense"), **step_ratio, "cache": cache})
     return out
 
 
@@ -143,29 +146,64 @@ def attend(
     return strand.attend(q[0, queries], k[0, mine], v[0, mine], states, selection, scale)
 
 
-def row(name: str, seconds: float, reference: float, device: str, **more: float) -> dict[str, Any]:
-    """`x dense`: of a dense prefill of this layer."""
-    absolute = {} if device == "cpu" else {"ms": 1e3 * seconds, "dense_ms": 1e3 * reference}
-    return {"what": name, "x dense": seconds / reference, **absolute, **more}
+def of(what: str, key: str) -> Callable[[Row], float]:
+    """A figure in the row of a length."""
+    return lambda r: float(r[what][key])
 
 
-def timed(calls: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
-    """Median seconds, measured in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(REPEATS + 1):
-        for name, call in calls.items():
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            synchronise(device)
-            if repeat:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+def prefill(what: str) -> Callable[[Row], float]:
+    """Against dense, with the selection that it needs: of states by cascade; by-head attention chooses by itself."""
+    return lambda r: float(r[what]["x dense"] + (r["cascade"]["x dense"] if what.startswith("windowed") else 0))
 
 
-def synchronise(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+def cell(value: Callable[[Row], float]) -> Callable[[Row], str]:
+    return lambda r: f"{value(r):.2f}"
+
+
+def pays_from(rows: list[Row], ratio: Callable[[Row], float]) -> str:
+    """The least length from which on it is below 1."""
+    slow = max((r["length"] for r in rows if ratio(r) >= 1), default=0)
+    fast = [r["length"] for r in rows if r["length"] > slow]
+    return f"from {min(fast)}" if fast else f"not up to {rows[-1]['length']}"
+
+
+LENGTH: Columns = {"T": lambda r: str(r["length"])}
+CHOOSING: Columns = {
+    "r/T": cell(of("select", "r")),
+    "anew": cell(of("select", "x dense")),
+    "cascade": cell(of("cascade", "x dense")),
+}
+
+
+def section(content: Content) -> str:
+    """One device: prefill, decoding and the cache, as multiples of dense attention's."""
+    settings, lengths = content["settings"], dict.fromkeys(r["length"] for r in content["results"])
+    rows = [{"length": T, **{r["what"]: r for r in content["results"] if r["length"] == T}} for T in lengths]
+    kinds = [what for what in rows[0] if what not in ("length", "select", "cascade")]
+    reading = {what: cell(prefill(what)) for what in kinds}
+    steps = {f"{what}: step": cell(of(what, "decode")) for what in kinds}
+    caches = {f"{what}: cache": cell(of(what, "cache")) for what in kinds}
+    pays = "\n".join(
+        f"- {what}: prefill {pays_from(rows, prefill(what))}, decoding {pays_from(rows, of(what, 'decode'))}"
+        for what in kinds
+    )
+    return f"""## Speed with fewer keys ({place(content)})
+
+One layer (number {settings["layer"]}) of SmolLM2-135M on real text of T tokens; medians of
+{settings["repeats"]} in turn, as multiples of `scaled_dot_product_attention` of the same queries. *anew* and
+*cascade*: choosing representatives of states, alone. The others: attention with all that it needs to choose (windowed:
+by cascade). {source(content)}
+
+{table(rows, LENGTH, CHOOSING, reading)}
+
+One new token, and bytes of the cache, likewise:
+
+{table(rows, LENGTH, steps, caches)}
+
+Faster than dense attention from which T on, as far as measured:
+
+{pays}
+"""
 
 
 if __name__ == "__main__":

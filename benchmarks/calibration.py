@@ -10,16 +10,14 @@ cores that do nothing else.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
-from provenance import SEED, write
+from frame import MODEL, Columns, Content, Row, in_turn, parser, record, source, start, table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rankgate.common.terminal import quiet_libraries
 from rankgate.conversion.calibration import calibrate
-from rankgate.hub.sources import DEFAULT, load, resolve
+from rankgate.hub.sources import load, resolve
 
 CONTEXT = 512
 BATCH = 4
@@ -30,21 +28,20 @@ WIDTH_TOKENS = 2_048
 
 
 def main() -> None:
-    quiet_libraries()
-    torch.manual_seed(SEED)
-    results = []
-    model, _ = load(resolve(DEFAULT))
+    start(parser(__doc__))
+    record("calibration", {"context": CONTEXT, "batch": BATCH, "repeats": REPEATS}, measured())
+
+
+def measured() -> Iterator[Row]:
+    model, _ = load(resolve(MODEL))
     for tokens in TOKENS:
-        results.append({"what": "tokens", "tokens": tokens, "width": 576, **cost(model, tokens)})
-        print(results[-1], flush=True)
+        yield {"what": "tokens", "tokens": tokens, "width": 576, **cost(model, tokens)}
     for width in WIDTHS:
-        results.append({"what": "width", "tokens": WIDTH_TOKENS, "width": width, **cost(llama(width), WIDTH_TOKENS)})
-        print(results[-1], flush=True)
-    write("calibration", {"context": CONTEXT, "batch": BATCH, "repeats": REPEATS}, results)
+        yield {"what": "width", "tokens": WIDTH_TOKENS, "width": width, **cost(llama(width), WIDTH_TOKENS)}
 
 
-def cost(model: PreTrainedModel, tokens: int) -> dict[str, float]:
-    """Seconds of calibration over seconds of the plain forward passes (median of interleaved repeats)."""
+def cost(model: PreTrainedModel, tokens: int) -> Row:
+    """Seconds of calibration over seconds of the plain forward passes."""
     windows = torch.randint(10, model.config.vocab_size, (tokens // CONTEXT, CONTEXT))
 
     def forward() -> None:
@@ -52,16 +49,11 @@ def cost(model: PreTrainedModel, tokens: int) -> dict[str, float]:
             for batch in windows.split(BATCH):
                 model(input_ids=batch, use_cache=False)
 
-    forward()
-    pairs = [(seconds(forward), seconds(lambda: calibrate(model, windows, batch_size=BATCH))) for _ in range(REPEATS)]
-    plain, calibration = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"ratio": calibration / plain, "ratios": [c / p for p, c in pairs], "per_token": calibration / tokens}
-
-
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    calls = {"forward": forward, "calibrate": lambda: calibrate(model, windows, batch_size=BATCH)}
+    plain, calibrating = in_turn(calls, REPEATS).values()
+    ratios = [c / p for p, c in zip(plain, calibrating, strict=True)]
+    typical = statistics.median(calibrating)
+    return {"ratio": typical / statistics.median(plain), "ratios": ratios, "per_token": typical / tokens}
 
 
 def llama(width: int) -> PreTrainedModel:
@@ -74,6 +66,25 @@ def llama(width: int) -> PreTrainedModel:
         num_key_value_heads=width // 64,
     )
     return LlamaForCausalLM(config).eval()
+
+
+COSTS: Columns = {
+    "model": lambda r: "SmolLM2-135M" if r["what"] == "tokens" else "random Llama, 4 layers",
+    "width": lambda r: f"{r['width']}",
+    "tokens": lambda r: f"{r['tokens']:,}",
+    "ratio": lambda r: f"{r['ratio']:.2f}",
+    "range": lambda r: f"{min(r['ratios']):.2f} – {max(r['ratios']):.2f}",
+}
+
+
+def section(content: Content) -> str:
+    return f"""## What calibration costs
+
+Calibration over plain forward passes on the same tokens, run in turn {content["settings"]["repeats"]} times; the
+ratio of the medians, and the range of the ratios. {source(content)}
+
+{table(content["results"], COSTS)}
+"""
 
 
 if __name__ == "__main__":

@@ -15,44 +15,36 @@ About 15 minutes on two cores, two minutes on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from curve import CALIBRATION_TOKENS, CONTEXT, CURVE, TOKENS, describe_device, measure, parse
-from provenance import SEED, write
+from curve import BITS, CURVE, METHOD, conditions, measured
+from frame import MODEL, SEED, Columns, Content, Row, parser, record, source, start, table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankgate.common.terminal import quiet_libraries
 from rankgate.conversion.groups import linears
 from rankgate.hub.opening import open_dense
-from rankgate.hub.sources import DEFAULT
+from rankgate.reporting.tables import number
 
 CONTROLS = {name: CURVE[name] for name in ("rank 16", "5 %", "36 %, asymmetric")}
 OLD_GROUP, OLD_LEVELS = 32, 15  # of Q4_1
 
 
 def main() -> None:
-    arguments = parse(__doc__)
-    quiet_libraries()
-    records = []
-    models: dict[str, Callable[[PreTrainedModel], None]] = {
-        "as it is": lambda _: None,
-        "dithered": dither_,
-        "rotated": rotate_,
-    }
-    for name, change in models.items():
-        opened = open_dense(DEFAULT)
-        change(opened.model)
-        opened.model.to(arguments.device)
-        records += measure(opened, arguments.folder, CONTROLS, name)
-    settings = {
-        "context": CONTEXT,
-        "calibration_tokens": CALIBRATION_TOKENS,
-        "tokens": TOKENS,
-        "device": describe_device(arguments.device),
-    }
-    write("controls", settings, records)
+    arguments = start(parser(__doc__, "folder", "--device"))
+    record("controls", conditions(arguments.device), of_models(arguments.folder, arguments.device))
+
+
+def of_models(folder: Path, device: str) -> Iterator[Row]:
+    """The same methods on the model as it is, and on the ones made from it."""
+    for name, change_ in (("as it is", None), ("dithered", dither_), ("rotated", rotate_)):
+        opened = open_dense(MODEL)
+        if change_ is not None:
+            change_(opened.model)
+        opened.model.to(device)
+        yield from measured(opened, folder, CONTROLS, name)
 
 
 @torch.no_grad()
@@ -101,6 +93,31 @@ def rotate_(model: PreTrainedModel) -> None:
 
 def fresh(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(like.dtype), requires_grad=False)
+
+
+def against_dense(part: str) -> Columns:
+    return {part: lambda r: f"{number(r[part]['ppl_ratio'], 4)} / {number(r[part]['kl_mean'], 4)}"}
+
+
+def section(content: Content) -> str:
+    rows: dict[str, Row] = {}
+    for r in content["results"]:
+        rows.setdefault(r["what"], {**r})[r["part"]] = r
+    costs = [r["dithered"]["kl_mean"] / r["as it is"]["kl_mean"] - 1 for r in rows.values()]
+    parts = map(against_dense, ("as it is", "dithered", "rotated"))
+    return f"""### Off the grid that the weights were on
+
+The model comes from a 4-bit file (Q4_1: asymmetric, groups of 32), so its weights lie on a grid of their own, and a
+method could do well by finding it again. The same settings, perplexity ratio / mean KL, each against its own dense
+model: *dithered* has uniform noise of one step of that grid on every weight; *rotated* has its residual stream in
+another basis, where every weight is different and every output the same. {source(content)}
+
+{table(rows.values(), METHOD, BITS, *parts)}
+
+Dithering makes the divergence {min(costs):.0%} to {max(costs):.0%} larger: at most that much rests on the grid (noise
+in the weights is harder to round by itself). Rotation takes away something else besides, which gates live on: a few
+channels of the residual stream that are much larger than the rest. A rotation and channel gates exclude each other.
+"""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Exact mode on SmolLM2-135M, dense in float32, with drafts of several methods: results/exact_cpu.json.
+"""Exact mode on SmolLM2-135M, dense in float32, with drafts of several methods: results/exact/cpu.json.
 
     python benchmarks/exact.py ../shared/data/wikitext-2 [--device cuda] [--prompts 20] [--model PATH]
 
@@ -6,23 +6,19 @@ WikiText-2 test, 50 prompts of 32 tokens, 128 new ones, greedy. On each prompt d
 our loop and exact mode with every draft take turns, timed; what is reported is the share of identical texts, what was
 accepted, and how many times as fast as dense `generate()` the median text was written. `lrq` is calibrated on
 WikiText-2 valid. The file is written after every prompt. Half an hour on two cores that do nothing else; on a GPU it is
-called exact_h100.json and the like.
+called h100.json and the like.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
+from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import device_name
-from provenance import write
+from frame import MODEL, Columns, Content, Row, card, device_name, parser, place, source, start, table, timed, write
 
-from rankgate.common.terminal import quiet_libraries
 from rankgate.conversion.calibration import calibrate
 from rankgate.conversion.convert import convert_, twin
 from rankgate.decoding.exact import Exact, Statistics
@@ -31,7 +27,7 @@ from rankgate.hub.opening import open_dense
 from rankgate.methods import Int4Config, Int8Config, LRQConfig, Method, SVDConfig
 
 DENSE = "none: dense, decode"
-MODEL, PROMPT_TOKENS, NEW_TOKENS = "smollm2-135m", 32, 128
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
 CONTEXT, CALIBRATION_TOKENS = 512, 4096
 DRAFTS: dict[str, Method] = {
     "lrq r=16 refine=0.05": LRQConfig(rank=16, refine=0.05),
@@ -42,19 +38,13 @@ DRAFTS: dict[str, Method] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with valid.txt and test.txt")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--model", default=MODEL, help="where it is, on a machine that cannot fetch it")
-    arguments = parser.parse_args()
-    data, device = arguments.data, torch.device(arguments.device)
-    quiet_libraries()
-    opened = open_dense(arguments.model, arguments.device)
-    prompts = opened.windows(str(data / "test.txt"), arguments.prompts * PROMPT_TOKENS, PROMPT_TOKENS).to(device)
-    stats = calibrate(
-        opened.model, opened.windows(str(data / "valid.txt"), CALIBRATION_TOKENS, CONTEXT), sensitivity=True
-    )
+    options = parser(__doc__, "folder", "--device", "--model")
+    options.add_argument("--prompts", type=int, default=50)
+    arguments = start(options)
+    valid, test, device = str(arguments.folder / "valid.txt"), str(arguments.folder / "test.txt"), arguments.device
+    opened = open_dense(arguments.model, device)
+    prompts = opened.windows(test, arguments.prompts * PROMPT_TOKENS, PROMPT_TOKENS).to(device)
+    stats = calibrate(opened.model, opened.windows(valid, CALIBRATION_TOKENS, CONTEXT), sensitivity=True)
     loops: dict[str, Any] = {DENSE: decode}
     for name, method in DRAFTS.items():
         draft = twin(opened.model)
@@ -63,10 +53,9 @@ def main() -> None:
     del stats
     for loop in (None, *loops.values()):
         generate(opened.model, prompts[:1], loop)  # compiles kernels and captures steps
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in loops}
+    rows: dict[str, list[Row]] = {name: [] for name in loops}
     settings = {"model": MODEL, "text": "WikiText-2 test", "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
-    if device.type == "cuda":
-        settings["device"] = torch.cuda.get_device_name()
+    settings["device"] = card(device)
     for prompt in prompts.split(1):
         expected, dense_s = generate(opened.model, prompt, None)
         for name, loop in loops.items():
@@ -74,26 +63,22 @@ def main() -> None:
             drafts = vars(loop.statistics) if isinstance(loop, Exact) else {}
             rows[name].append({"identical": torch.equal(expected, got), "speedup": dense_s / seconds, **drafts})
         results = [{"draft": name, **summary(texts)} for name, texts in rows.items()]
-        write(f"exact_{device_name(arguments.device)}", settings, results)
+        write(f"exact/{device_name(device)}", settings, results)
         print(results, flush=True)
 
 
 def generate(model: Any, prompt: torch.Tensor, loop: Any) -> tuple[torch.Tensor, float]:
     """A greedy text of NEW_TOKENS, and its seconds."""
-    start = time.perf_counter()
-    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        pad_token_id=0,
-        **({} if loop is None else {"custom_generate": loop}),
-        **length,
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    if loop is not None:
+        options["custom_generate"] = loop
+    return timed(
+        lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options),
+        prompt.device.type,
     )
-    return out, time.perf_counter() - start
 
 
-def summary(texts: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(texts: list[Row]) -> Row:
     speedups = sorted(text["speedup"] for text in texts)
     result = {
         "texts": len(texts),
@@ -105,6 +90,37 @@ def summary(texts: list[dict[str, Any]]) -> dict[str, Any]:
         total = Statistics(**{field.name: sum(text[field.name] for text in texts) for field in fields(Statistics)})
         result |= {**total.record(), "tokens_per_dense_pass": total.new_tokens / total.dense_passes}
     return result
+
+
+def draft(form: str, value: Callable[[Row], float]) -> Callable[[Row], str]:
+    """A cell of the rows that have drafts."""
+    return lambda r: format(value(r), form) if "drafted" in r else "–"
+
+
+EXACT: Columns = {
+    "draft": lambda r: r["draft"],
+    "identical texts": lambda r: f"{r['identical'] * r['texts']:.0f} of {r['texts']}",
+    "acceptance": draft(".3f", lambda r: r["acceptance"]),
+    "accepted per verification": draft(".2f", lambda r: r["mean_accepted"]),
+    "tokens per dense pass": draft(".2f", lambda r: r["tokens_per_dense_pass"]),
+    "pauses per text": draft(".1f", lambda r: r["pauses"] / r["texts"]),
+    "speed (tenth to ninetieth percentile)": lambda r: "{:.2f} ({:.2f}–{:.2f})".format(
+        r["speedup"], *r["speedup_quantiles"]
+    ),
+}
+
+
+def section(content: Content) -> str:
+    settings, results = content["settings"], content["results"]
+    return f"""## Exact mode ({place(content)})
+
+{settings["model"]} in float32, {results[0]["texts"]} prompts of {settings["prompt_tokens"]} tokens from
+{settings["text"]}, {settings["new_tokens"]} new tokens each, greedy. The converted model drafts, the dense one
+verifies; a text is identical if every token is that of dense `generate()`. Speed: how many times as fast as that, the
+median of the texts; the first row is the dense model alone in our own loop. {source(content)}
+
+{table(results, EXACT)}
+"""
 
 
 if __name__ == "__main__":

@@ -18,14 +18,8 @@ WARM = 0.25  # seconds of replays before any counts: after a compilation the GPU
 REPLAYS = 15
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
-
-
-def device_name(device: str = "cuda") -> str:
-    """Short: cpu, h100, h200."""
-    if device == "cpu":
-        return device
-    words = torch.cuda.get_device_name().lower().replace("-", " ").split()
-    return next((word for word in words if word.startswith(("h1", "h2", "a1", "b2"))), "gpu")
+K = 256  # of gsi
+SVD_THEORY = 2.9  # the rank of `svd` is the one whose bytes are this many times fewer than dense
 
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> float:
@@ -62,6 +56,10 @@ def copy_ceiling() -> float:
 def rotate(make: Callable[[], Any], nbytes: float) -> list[Any]:
     """As many different ones as it takes to come to `COLD` bytes, at most 256."""
     return [make() for _ in range(min(256, max(2, round(COLD / nbytes))))]
+
+
+def svd_rank(m: int, n: int) -> int:
+    return round(m * n / (SVD_THEORY * (m + n)) / 64) * 64
 
 
 def noise(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:

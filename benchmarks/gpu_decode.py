@@ -1,4 +1,4 @@
-"""Decoding on a GPU, end to end, at batch 1: results/gpu_decode_h100.json.
+"""Decoding on a GPU, end to end, at batch 1: results/gpu_decode/h100.json.
 
     python benchmarks/gpu_decode.py llama gptj opt [--budget 300] [--fire 0.1]
     python benchmarks/gpu_decode.py smollm2 --model PATH --text ../shared/data/wikitext-2
@@ -19,16 +19,16 @@ import copy
 import functools
 import gc
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import frame
 import torch
-from gpu import DEVICE, DTYPE, copy_ceiling, device_name, gated, quantized
-from provenance import COMMIT, RESULTS, SEED, write
+from frame import Columns, Content, Row, shown, timed
+from gpu import DEVICE, DTYPE, K, copy_ceiling, gated, quantized, svd_rank
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, OPTConfig, PreTrainedModel
 
@@ -47,7 +47,6 @@ from rankgate.quantized import QuantizedGroup
 PROMPT, FEW, MANY = 64, 32, 128
 PROMPTS, SAME = 20, 100  # prompts whose text is compared, and its tokens
 CALIBRATION_TOKENS, CONTEXT = 16_384, 512
-K, SVD_THEORY = 256, 2.9
 TORCHAO = importlib.util.find_spec("torchao") is not None
 LOOPS: dict[str, dict[str, Any]] = {
     "generate": {},
@@ -55,19 +54,13 @@ LOOPS: dict[str, dict[str, Any]] = {
     "generate, compiled": {"cache_implementation": "static"},  # which transformers compiles by itself
 }
 MODELS = {
-    "llama": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32000,
-    ),
+    "llama": LlamaConfig(),
     "gptj": GPTJConfig(),
     "opt": OPTConfig(
         hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=4096
     ),
 }
+NAMES = {"llama": "Llama-7B", "gptj": "GPT-J-6B", "opt": "OPT-6.7B", "smollm2": "SmolLM2-135M"}
 Make = Callable[[int, int], LinearGroup]
 Variant = tuple[str, float, Make]  # method, share of open gates, group of m × n
 
@@ -79,7 +72,7 @@ def variants(main: bool, fire: float) -> list[Variant]:
         return "lrq", share, lambda m, n: quantized(m, n, rank=16, opened=share)
 
     def gsi(share: float) -> Variant:
-        chance = torch.Generator().manual_seed(SEED)
+        chance = torch.Generator().manual_seed(frame.SEED)
         return "gsi", share, lambda m, n: gated(m, n, K, 0.0 if torch.rand(1, generator=chance) < share else 2.0)
 
     few = [lrq(0.05), gsi(0.0)]
@@ -88,7 +81,7 @@ def variants(main: bool, fire: float) -> list[Variant]:
         gsi(1.0),
         lrq(fire),
         gsi(0.1),
-        ("svd", 0.0, lambda m, n: gated(m, n, round(m * n / (SVD_THEORY * (m + n)) / 64) * 64, None)),
+        ("svd", 0.0, lambda m, n: gated(m, n, svd_rank(m, n), None)),
         ("int8", 0.0, functools.partial(quantized, bits=8)),
         gsi(0.5),
         lrq(0.0),
@@ -98,39 +91,37 @@ def variants(main: bool, fire: float) -> list[Variant]:
 
 def main() -> None:
     arguments = parse()
-    start = time.monotonic()
-    settings = {"device": torch.cuda.get_device_name(), "prompt": PROMPT, "new": [FEW, MANY]}
-    run = {"commit": COMMIT, "ceiling_tb_s": copy_ceiling()}
-    rows = earlier()
+    end = time.monotonic() + arguments.budget
+    settings = {"device": frame.card(), "prompt": PROMPT, "new": [FEW, MANY]}
+    run = {"commit": frame.commit(), "ceiling_tb_s": copy_ceiling()}
+    file = f"gpu_decode/{frame.device_name()}"
     for name in arguments.models:
-        rows = [row for row in rows if row["model"] != name]
+        earlier = frame.load(file)["results"] if (frame.RESULTS / f"{file}.json").exists() else []
         measured = smollm2(arguments) if name == "smollm2" else random_model(name, arguments.fire)
-        while time.monotonic() - start < arguments.budget and (row := next(measured, None)) is not None:
-            rows.append({"model": name, **run, **row})
-            print(f"{time.monotonic() - start:.0f} s", rows[-1], flush=True)
-            write(f"gpu_decode_{device_name()}", settings, rows)
+        rows = ({"model": name, **run, **row} for row in until(end, measured))
+        frame.record(file, settings, rows, [row for row in earlier if row["model"] != name])
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", choices=(*MODELS, "smollm2"))
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no measurement is begun")
-    parser.add_argument("--fire", type=float, default=0.1, help="share of channels that lrq opens in one of its rows")
-    parser.add_argument("--model", help="of smollm2")
-    parser.add_argument("--text", type=Path, help="folder with valid.txt and test.txt, for smollm2")
-    arguments = parser.parse_args()
+    options = frame.parser(__doc__)
+    options.add_argument("models", nargs="+", choices=(*MODELS, "smollm2"))
+    options.add_argument("--budget", type=float, default=1e9, help="seconds after which no measurement is begun")
+    options.add_argument("--fire", type=float, default=0.1, help="share of channels that lrq opens in one of its rows")
+    options.add_argument("--model", help="of smollm2")
+    options.add_argument("--text", type=Path, help="folder with valid.txt and test.txt, for smollm2")
+    arguments = frame.start(options)
     if "smollm2" in arguments.models and None in (arguments.model, arguments.text):
-        parser.error("smollm2 needs --model and --text")
+        options.error("smollm2 needs --model and --text")
     return arguments
 
 
-def earlier() -> list[dict[str, Any]]:
-    """What was measured on this kind of device before."""
-    path = RESULTS / f"gpu_decode_{device_name()}.json"
-    return json.loads(path.read_text())["results"] if path.exists() else []
+def until(end: float, measured: Iterator[Row]) -> Iterator[Row]:
+    """None is begun after `end`."""
+    while time.monotonic() < end and (row := next(measured, None)) is not None:
+        yield row
 
 
-def random_model(name: str, fire: float) -> Iterator[dict[str, Any]]:
+def random_model(name: str, fire: float) -> Iterator[Row]:
     model = build(name)
     groups = input_groups(model)
     for loop in ("generate", "engine"):
@@ -152,7 +143,7 @@ def build(name: str) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def attempt(measure: Callable[..., Row], *arguments: Any) -> Row:
     """What it measures; or its error, so that the other variants still run."""
     try:
         return measure(*arguments)
@@ -160,7 +151,7 @@ def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def replaced(name: str, groups: list[tuple[str, ...]], make: Make, fire: float) -> dict[str, Any]:
+def replaced(name: str, groups: list[tuple[str, ...]], make: Make, fire: float) -> Row:
     model = build(name)
     replace(model, groups, make)
     open_gates(model, fire)
@@ -205,7 +196,7 @@ def rereader(model: PreTrainedModel, text: Tensor) -> Callable[[], Any]:
     return functools.partial(model, text[:, PROMPT:], past_key_values=cache)
 
 
-def torchao(name: str, loop: str) -> dict[str, Any]:
+def torchao(name: str, loop: str) -> Row:
     """4 bits in groups of 64 in the layout of torch's own kernel."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
@@ -216,7 +207,7 @@ def torchao(name: str, loop: str) -> dict[str, Any]:
     return {"ms": per_token(model, prompt(), loop)}
 
 
-def figures(model: PreTrainedModel, ids: Tensor, loop: str) -> dict[str, Any]:
+def figures(model: PreTrainedModel, ids: Tensor, loop: str) -> Row:
     """Time per token, with everything and of the graph alone; memory; what its text reads, and how many gates it opens.
 
     Gates and bytes are of the tokens that follow the prompt `ids`.
@@ -248,25 +239,14 @@ def graph_of(model: PreTrainedModel) -> torch.cuda.CUDAGraph:
 def replay(graph: torch.cuda.CUDAGraph, times: int = 50) -> float:
     """Seconds of one replay."""
     graph.replay()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        graph.replay()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / times
+    return timed(lambda: [graph.replay() for _ in range(times)], DEVICE)[1] / times
 
 
 def per_token(model: PreTrainedModel, ids: Tensor, loop: str) -> float:
     """Milliseconds."""
-
-    def seconds(new: int) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        generate(model, ids, new, loop)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return 1e3 * statistics.median(seconds(MANY) - seconds(FEW) for _ in range(3)) / (MANY - FEW)
+    calls = {str(new): functools.partial(generate, model, ids, new, loop) for new in (FEW, MANY)}
+    few, many = frame.in_turn(calls, 3, DEVICE).values()
+    return 1e3 * statistics.median(m - f for m, f in zip(many, few, strict=True)) / (MANY - FEW)
 
 
 def prompt() -> Tensor:
@@ -274,18 +254,12 @@ def prompt() -> Tensor:
 
 
 def generate(model: PreTrainedModel, ids: Tensor, new: int, loop: str) -> Tensor:
-    out: Tensor = cast(Any, model).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-        **LOOPS[loop],
-    )
+    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, **LOOPS[loop]}
+    out: Tensor = cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), **options)
     return out
 
 
-def smollm2(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def smollm2(arguments: argparse.Namespace) -> Iterator[Row]:
     """The real model: does float32 say what generate() says; how fast is each method in bfloat16."""
     opened = open_dense(arguments.model)
     model = opened.model.to(DEVICE)
@@ -311,6 +285,70 @@ def smollm2(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {**row, "fire": float(getattr(method, "refine", 0.0)), **figures(model, prompts[:1], "engine")}
 
 
+def label(r: Row) -> str:
+    return " ".join(word for word in (r["method"], r.get("dtype", ""), r["loop"]) if word)
+
+
+def speed(r: Row) -> float | None:
+    """TB/s of the graph."""
+    return r["bytes"] / r["graph_ms"] / 1e9 if "graph_ms" in r else None
+
+
+def against(loop: str) -> Callable[[Row], str]:
+    """A cell: how many times as fast as the dense model through this loop, if that was measured."""
+    return lambda r: f"{r['dense'][loop] / r['ms']:.2f}" if loop in r["dense"] else "-"
+
+
+DECODING: Columns = {
+    "method, loop": label,
+    "open": lambda r: f"{r['fire']:.0%}, {r['opened']:.1%}" if "opened" in r else "-",
+    "ms/token": lambda r: f"{r['ms']:.2f}",
+    "tokens/s": lambda r: f"{1e3 / r['ms']:.0f}",
+    "graph, ms": lambda r: shown(r.get("graph_ms"), ".2f"),
+    "GB/token": lambda r: shown(r.get("bytes"), ".2f", 1e9),
+    "TB/s": lambda r: shown(speed(r), ".2f"),
+    "of a copy": lambda r: shown(speed(r), ".0%", r["ceiling_tb_s"]),
+    "x engine": against("engine"),
+    "x generate": against("generate"),
+    "peak GB": lambda r: shown(r.get("peak_bytes"), ".2f", 1e9),
+}
+
+
+def section(content: Content) -> str:
+    settings, results = content["settings"], content["results"]
+    few, many = settings["new"]
+    compared = any(r["method"].startswith("torchao") for r in results)
+    torchao = "" if compared else "torchao was not at hand there, so it is not compared with. "
+    by_model = {name: [r for r in results if r["model"] == name] for name in NAMES}
+    sections = "\n\n".join(model_section(name, rows) for name, rows in by_model.items() if rows)
+    return f"""## GPU decoding ({settings["device"]})
+
+Batch 1, end to end: a prompt of {settings["prompt"]} tokens and {many} new ones less the same with {few}, the median
+of three; *graph*: the replay of a step's CUDA graph alone. *generate* is transformers' loop, *engine* ours. *open*:
+share of gates that open, as set, and as measured on the text that the model wrote. *GB/token*: weights read, modelled
+from stored bytes and measured gates; *TB/s*: these over the time of the graph; *of a copy*: of what a copy on the
+device moved in that run. *x engine*, *x generate*: against the dense bfloat16 model through either loop, end to end, in
+the same run. Models but SmolLM2 have the shapes named and random weights: their speed says nothing about quality.
+{torchao}{frame.source(content)}
+
+{sections}
+"""
+
+
+def model_section(name: str, results: list[Row]) -> str:
+    rows = [r for r in results if "error" not in r]
+    half = [r for r in rows if r["method"] == "dense" and r.get("dtype", "bfloat16") == "bfloat16"]
+    dense = {r["loop"]: r["ms"] for r in half}
+    title = f"### {NAMES[name]}\n\nCommit {results[0]['commit']}, a copy moves {results[0]['ceiling_tb_s']:.2f} TB/s."
+    same = "".join(
+        f" Of {r['same_text'][1]} prompts, {r['same_text'][0]} are continued by the engine with the same tokens as by"
+        " `generate()` (dense, float32, greedy)."
+        for r in rows
+        if "same_text" in r
+    )
+    failed = "".join(f"\n\n{label(r)} did not run: {r['error']}" for r in results if "error" in r)
+    return f"{title}{same}\n\n{frame.table(({**r, 'dense': dense} for r in rows), DECODING)}{failed}"
+
+
 if __name__ == "__main__":
-    torch.manual_seed(SEED)
     main()

@@ -1,4 +1,4 @@
-"""Every GPU kernel by itself: correctness, time, bandwidth and speed-up against cuBLAS: results/gpu_kernels_h100.json.
+"""Every GPU kernel by itself: correctness, time, bandwidth and speed-up against cuBLAS: results/gpu_kernels/h100.json.
 
     python benchmarks/gpu_kernels.py
 
@@ -10,40 +10,43 @@ written after every shape. Three minutes on an H100.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from gpu import DEVICE, copy_ceiling, device_name, gated, microseconds, noise, quantized, read_bytes, rotate
-from provenance import SEED, write
+from frame import Columns, Content, Row, card, device_name, parser, source, start, table, write
+from gpu import DEVICE, K, copy_ceiling, gated, microseconds, noise, quantized, read_bytes, rotate, svd_rank
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
+
+Calls = Sequence[Callable[[], object]]
 
 SQUARE = ((16384, 4096), (4096, 16384), (28672, 8192))  # of the weight-decomposition and subspace papers' models
 LLAMA = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (960, 576), (3072, 576))  # 7B, SmolLM2-135M
 ODD = ((129, 577), (65, 300), (1000, 4096))
-K = 256
-SVD_THEORY = 2.9  # the rank of `svd` is the one whose bytes are this many times fewer than dense
 CLOSED, OPEN = 2.0, 0.0
 OPTIONS: dict[str, Any] = {"int4": {}, "int8": {"bits": 8}, "lrq": {"rank": 16, "opened": 0.1}}  # checked
+OPENED = (0.0, 0.05, 0.2)  # by lrq
+COLORS = {"dense": "C7", "gsi": "C0", "svd": "C1", "int4": "C2", "int8": "C4", "lrq": "C3", "torch int4": "C5"}
 
 
 def main() -> None:
-    torch.manual_seed(SEED)
-    times: list[dict[str, Any]] = []
-    errors: list[dict[str, Any]] = []
+    start(parser(__doc__))
+    times: list[Row] = []
+    errors: list[Row] = []
     with torch.inference_mode():
-        settings = {"device": torch.cuda.get_device_name(), "ceiling_tb_s": copy_ceiling(), "dtype": "bfloat16"}
+        settings = {"device": card(), "ceiling_tb_s": copy_ceiling(), "dtype": "bfloat16"}
         parts = (times, subspaces, SQUARE), (times, quantised, LLAMA), (errors, correctness, ODD)
         for rows, measure, shapes in parts:
             for m, n in shapes:
                 for row in measure(m, n):
                     rows.append(row)
                     print(row, flush=True)
-                write(f"gpu_kernels_{device_name()}", settings, [{"errors": errors, "times": times}])
+                write(f"gpu_kernels/{device_name()}", settings, [{"errors": errors, "times": times}])
 
 
-def correctness(m: int, n: int) -> Iterator[dict[str, Any]]:
+def correctness(m: int, n: int) -> Iterator[Row]:
     """Relative error against float64, beside that of torch on the same weights or factors in the same dtype."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for batch in (1, 3, 8):
@@ -74,78 +77,168 @@ def error(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 
 
-def subspaces(m: int, n: int) -> Iterator[dict[str, Any]]:
+def subspaces(m: int, n: int) -> Iterator[Row]:
     """Dense, gsi with the gate closed and open, and svd, at one shape."""
     x = noise(1, n)
-    dense = dense_row(m, n, x)
+    dense = dense_row(m, x)
     yield dense
-    rank = round(m * n / (SVD_THEORY * (m + n)) / 64) * 64
-    for name, k, eps, fire in (("gsi", K, CLOSED, 0.0), ("gsi", K, OPEN, 1.0), ("svd", rank, None, 0.0)):
-        groups = rotate(lambda k=k, eps=eps: gated(m, n, k, eps), 2 * k * (m + n) + fire * 2 * m * n)
-        yield measured(name, groups, x, fire, dense, k=k)
+    for name, k, eps, fire in (("gsi", K, CLOSED, 0.0), ("gsi", K, OPEN, 1.0), ("svd", svd_rank(m, n), None, 0.0)):
+        groups = rotate(functools.partial(gated, m, n, k, eps), 2 * k * (m + n) + fire * 2 * m * n)
+        yield measured(name, groups, x, fire, dense, k)
         if (m, n) == SQUARE[0]:
-            yield from batches(name, groups, fire, k=k)
+            yield from batches(name, groups, fire, k)
         del groups
 
 
-def quantised(m: int, n: int) -> Iterator[dict[str, Any]]:
+def quantised(m: int, n: int) -> Iterator[Row]:
     """Dense, int8, int4, and lrq without and with a gate, at one shape."""
     x = noise(1, n)
-    dense = dense_row(m, n, x)
+    dense = dense_row(m, x)
     yield dense
     if n % 128 == 0:
-        yield torch_int4(m, n, x, dense)
-    for name, options, fire in (
-        ("int8", {"bits": 8}, 0.0),
-        ("int4", {}, 0.0),
-        ("lrq", {"rank": 16}, 0.0),
-        ("lrq", {"rank": 16, "opened": 0.05}, 0.05),
-        ("lrq", {"rank": 16, "opened": 0.2}, 0.2),
-    ):
-        groups = rotate(lambda options=options: quantized(m, n, **options), m * n / 2)
-        rank = options.get("rank", 0)
-        yield measured(name, groups, x, fire, dense, k=rank)
+        yield torch_int4(m, x, dense)
+    for name, options in (("int8", {"bits": 8}), ("int4", {}), *(("lrq", {"rank": 16, "opened": s}) for s in OPENED)):
+        groups = rotate(functools.partial(quantized, m, n, **options), m * n / 2)
+        k, fire = options.get("rank", 0), options.get("opened", 0.0)
+        yield measured(name, groups, x, fire, dense, k)
         if (m, n) == LLAMA[2]:
-            yield from batches(name, groups, fire, k=rank)
+            yield from batches(name, groups, fire, k)
         del groups
 
 
-def batches(name: str, groups: list[Any], fire: float, k: int) -> Iterator[dict[str, Any]]:
+def batches(name: str, groups: list[Any], fire: float, k: int) -> Iterator[Row]:
     """The same for several tokens at once."""
     for batch in (4, 8):
         x = noise(batch, groups[0].n)
-        yield measured(name, groups, x, fire, dense_row(groups[0].m, groups[0].n, x), k=k)
+        yield measured(name, groups, x, fire, dense_row(groups[0].m, x), k)
 
 
-def torch_int4(m: int, n: int, x: Tensor, dense: dict[str, Any]) -> dict[str, Any]:
+def torch_int4(m: int, x: Tensor, dense: Row) -> Row:
     """What torchao's int4 calls on a GPU, in groups of 64."""
+    n = x.shape[1]
     pack, multiply = torch.ops.aten._convert_weight_to_int4pack, torch.ops.aten._weight_int4pack_mm
 
     def make() -> tuple[Tensor, Tensor]:
         return pack(torch.randint(0, 256, (m, n // 2), device=DEVICE).to(torch.uint8), 8), noise(n // 64, m, 2)
 
     weights = rotate(make, m * n / 2)
-    us = microseconds([lambda W=W, s=s: multiply(x, W, 64, s) for W, s in weights])  # type: ignore[misc]
-    result = row("torch int4", m, n, 0, len(x), 0.0, us, sum(t.nbytes for t in weights[0]))
-    return {**result, "speedup": dense["us"] / us, "theory": dense["bytes"] / result["bytes"]}
+    calls = [functools.partial(multiply, x, W, 64, scales) for W, scales in weights]
+    return against(dense, row("torch int4", m, x, calls, sum(t.nbytes for t in weights[0])))
 
 
-def dense_row(m: int, n: int, x: Tensor) -> dict[str, Any]:
-    weights = rotate(lambda: noise(m, n), 2 * m * n)
-    us = microseconds([lambda W=W: F.linear(x, W) for W in weights])  # type: ignore[misc]
-    return row("dense", m, n, 0, len(x), 0.0, us, 2 * m * n)
+def dense_row(m: int, x: Tensor) -> Row:
+    n = x.shape[1]
+    calls = [functools.partial(F.linear, x, W) for W in rotate(lambda: noise(m, n), 2 * m * n)]
+    return row("dense", m, x, calls, 2 * m * n)
 
 
-def measured(name: str, groups: list[Any], x: Tensor, fire: float, dense: dict[str, Any], k: int) -> dict[str, Any]:
+def measured(name: str, groups: list[Any], x: Tensor, fire: float, dense: Row, k: int) -> Row:
     """`fire`: the share of tokens, or of a token's channels, whose gate opens; several tokens open others."""
-    us = microseconds([lambda group=group: group(x) for group in groups])
+    calls = [functools.partial(group, x) for group in groups]
     nbytes = read_bytes(groups[0], 1 - (1 - fire) ** len(x))
-    result = row(name, groups[0].m, groups[0].n, k, len(x), fire, us, nbytes)
-    return {**result, "speedup": dense["us"] / us, "theory": dense["bytes"] / nbytes}
+    return against(dense, row(name, groups[0].m, x, calls, nbytes, k, fire))
 
 
-def row(name: str, m: int, n: int, k: int, batch: int, fire: float, us: float, nbytes: float) -> dict[str, Any]:
-    return {"method": name, "m": m, "n": n, "k": k, "batch": batch, "fire": fire, "us": us, "bytes": nbytes}
+def row(name: str, m: int, x: Tensor, calls: Calls, nbytes: float, k: int = 0, fire: float = 0.0) -> Row:
+    """Of products of x (batch × n) with m × n weights, of which a call reads `nbytes`."""
+    case = {"method": name, "m": m, "n": x.shape[1], "k": k, "batch": len(x), "fire": fire}
+    return {**case, "us": microseconds(calls), "bytes": nbytes}
+
+
+def against(dense: Row, r: Row) -> Row:
+    return {**r, "speedup": dense["us"] / r["us"], "theory": dense["bytes"] / r["bytes"]}
+
+
+def bandwidth(r: Row) -> float:
+    """TB/s."""
+    return float(r["bytes"] / r["us"] / 1e6)
+
+
+KERNELS: Columns = {
+    "method": lambda r: r["method"],
+    "m × n": lambda r: f"{r['m']} × {r['n']}",
+    "k": lambda r: f"{r['k'] or '-'}",
+    "open": lambda r: f"{r['fire']:.0%}" if r["method"] == "gsi" or r["fire"] else "-",
+    "batch": lambda r: f"{r['batch']}",
+    "µs": lambda r: f"{r['us']:.1f}",
+    "MB": lambda r: f"{r['bytes'] / 1e6:.2f}",
+    "TB/s": lambda r: f"{bandwidth(r):.2f}",
+    "of a copy": lambda r: f"{bandwidth(r) / r['ceiling']:.0%}",
+    "x F.linear": lambda r: f"{r['speedup']:.2f}",
+    "x by bytes": lambda r: f"{r['theory']:.2f}",
+    "reached": lambda r: f"{r['speedup'] / r['theory']:.0%}",
+}
+ERRORS: Columns = {
+    "method": lambda r: r["method"],
+    "dtype": lambda r: r["dtype"],
+    "largest error": lambda r: f"{r['error']:.1e}",
+    "torch's": lambda r: f"{r['torch']:.1e}",
+    "largest ratio": lambda r: f"{r['ratio']:.2f}",
+}
+
+
+def section(content: Content) -> str:
+    settings, (result,) = content["settings"], content["results"]
+    ceiling = settings["ceiling_tb_s"]
+    rows = [{"ceiling": ceiling, "speedup": 1.0, "theory": 1.0, **r} for r in result["times"]]
+    return f"""## GPU kernels ({settings["device"]})
+
+One call by itself, {settings["dtype"]} activations, random weights that come from memory: calls on different weights
+in one CUDA graph, the median of its replays. *open*: share of tokens (gsi) or channels (lrq) whose gate opens. *MB*:
+bytes of weights that must be read, as stored; *TB/s*: these over the time; *of a copy*: of the {ceiling:.2f} TB/s that
+a copy on the device moves, reads and writes counted. *x F.linear*: the time of cuBLAS in the same run over this one;
+*x by bytes*: bytes of the dense weights over bytes read, and the share of that which is *reached*. {source(content)}
+
+{table(rows, KERNELS)}
+{accuracy(result["errors"])}"""
+
+
+def accuracy(errors: list[Row]) -> str:
+    """Nothing if the run ended before it got there."""
+    if not errors:
+        return ""
+    *few, most = map(str, sorted({r["batch"] for r in errors}))
+    cases: dict[tuple[str, str], list[Row]] = {}
+    for r in errors:
+        cases.setdefault((r["method"], r["dtype"]), []).append(r)
+    worst = [
+        {**max(found, key=lambda r: r["error"]), "ratio": max(r["error"] / r["torch"] for r in found)}
+        for found in cases.values()
+    ]
+    return f"""
+Relative error against float64 over odd shapes and batches of {", ".join(few)} and {most}: the largest, torch's in that
+case from dequantised weights in the same dtype, and the largest ratio of the two.
+
+{table(worst, ERRORS)}
+"""
+
+
+def plot(contents: Sequence[Content]) -> Figure:
+    """Bandwidth against bytes read, one token, for each device: one wants to be high, under the line of a copy."""
+    figure = Figure(figsize=(9, 4.2 * len(contents)), layout="constrained")
+    for axes, content in zip(figure.subplots(len(contents), squeeze=False).flat, contents, strict=True):
+        ceiling = content["settings"]["ceiling_tb_s"]
+        rows = [r for r in content["results"][0]["times"] if r["batch"] == 1]
+        for name in dict.fromkeys(map(case, rows)):
+            points = [r for r in rows if case(r) == name]
+            color = COLORS[points[0]["method"]]
+            inside = "none" if points[0]["fire"] else color
+            x, y = [r["bytes"] / 1e6 for r in points], [bandwidth(r) for r in points]
+            marker = "s" if points[0]["fire"] == 0.2 else "o"
+            axes.scatter(x, y, facecolors=inside, edgecolors=color, marker=marker, zorder=3, label=name)
+        axes.axhline(ceiling, color="0.6", linewidth=0.8)
+        at = {"xycoords": ("axes fraction", "data"), "xytext": (3, 3), "textcoords": "offset points"}
+        axes.annotate("a copy", (0, ceiling), **at)
+        axes.set(title=content["settings"]["device"], xlabel="MB of weights read by a call", ylabel="TB/s")
+        axes.set(xscale="log", ylim=(0, 1.05 * max(ceiling, *map(bandwidth, rows))))
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def case(r: Row) -> str:
+    if r["method"] == "gsi":
+        return f"gsi, gate {'open' if r['fire'] else 'closed'}"
+    return f"{r['method']}, {r['fire']:.0%} open" if r["fire"] else str(r["method"])
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ import multiprocessing
 import resource
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import write
+from frame import MODEL, Columns, Content, Row, parser, record, source, start, table
 
 from rankgate.cli import parser as cli
 from rankgate.common.terminal import quiet_libraries
 from rankgate.hub.opening import open_any
-from rankgate.hub.sources import DEFAULT, resolve
+from rankgate.hub.sources import resolve
 from rankgate.reporting.bench import peak_memory
 
 METHODS = {
@@ -33,34 +33,33 @@ METHODS = {
 
 
 def main() -> None:
-    quiet_libraries()
-    open_any(DEFAULT)  # the first time unpacks it
-    dense = Path(resolve(DEFAULT).path)
-    results = [{"name": "dense, answering", **memory(answer, DEFAULT), "file_bytes": file_bytes(dense)}]
+    start(parser(__doc__))
+    record("memory", {"model": MODEL}, measured())
+
+
+def measured() -> Iterator[Row]:
+    open_any(MODEL)  # the first time unpacks it
+    yield {"name": "dense, answering", **memory(answer, MODEL), "file_bytes": file_bytes(Path(resolve(MODEL).path))}
     with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "converted"
         for name, options in METHODS.items():
-            made = Path(folder) / "converted"
-            arguments = ["convert", DEFAULT, "-o", str(made), *options]
-            results.append({"name": f"{name}, convert", **memory(run, arguments)})
-            loaded = memory(answer, made)
-            results.append({"name": f"{name}, answering", **loaded, "file_bytes": file_bytes(made)})
+            yield {"name": f"{name}, convert", **memory(run, ["convert", MODEL, "-o", str(made), *options])}
+            yield {"name": f"{name}, answering", **memory(answer, made), "file_bytes": file_bytes(made)}
             shutil.rmtree(made)
-            print(results[-2:], flush=True)
-    write("memory", {"model": DEFAULT}, results)
 
 
 def memory(work: Callable[[Any], object], argument: Any) -> dict[str, int]:
     """Resident bytes of a process of its own that does this `work`: at their highest, and at the end."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=measure, args=(work, argument, queue))
+    process = context.Process(target=at_work, args=(work, argument, queue))
     process.start()
     peak, resident = queue.get(timeout=600)
     process.join()
     return {"peak_bytes": peak, "resident_bytes": resident}
 
 
-def measure(work: Callable[[Any], object], argument: Any, queue: multiprocessing.Queue[tuple[int, int]]) -> None:
+def at_work(work: Callable[[Any], object], argument: Any, queue: multiprocessing.Queue[tuple[int, int]]) -> None:
     quiet_libraries()
     kept = work(argument)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -83,6 +82,27 @@ def run(arguments: list[str]) -> None:
 
 def file_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def section(content: Content) -> str:
+    dense = next(r for r in content["results"] if r["name"] == "dense, answering")
+
+    def megabytes(key: str) -> Callable[[Row], str]:
+        return lambda r: f"{r[key] / 1e6:.0f} ({r[key] / dense[key]:.2f})" if key in r else "-"
+
+    columns: Columns = {
+        "process": lambda r: r["name"],
+        "highest resident": megabytes("peak_bytes"),
+        "resident at the end": megabytes("resident_bytes"),
+        "files": megabytes("file_bytes"),
+    }
+    return f"""## Memory
+
+SmolLM2-135M in float32, in MB and in relation to a process that has loaded the dense model and read 8 tokens,
+interpreter and libraries included. *convert* loads, calibrates on 8,192 tokens, converts and saves. {source(content)}
+
+{table(content["results"], columns)}
+"""
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ from typing import Any
 
 import rankgate
 
-MORE = (  # public, but needed less often
-    *("pipeline.open_dense", "pipeline.open_any", "decode.fast_generate", "decode.decode"),
-    "adapters.adaptable",
-)
+MORE = ("decoding.decode",)  # public, but needed less often
 
 
 class _Plain:
@@ -32,7 +29,7 @@ def reference() -> str:
     top = [section(name, getattr(rankgate, name)) for name in sorted(names, key=str.lower)]
     rest = []
     for path in MORE:
-        module, name = path.split(".")
+        module, name = path.rsplit(".", 1)
         rest.append(section(path, getattr(importlib.import_module(f"rankgate.{module}"), name)))
     return "\n".join(
         (

@@ -25,14 +25,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx2
-from prometheus_client.parser import text_string_to_metric_families
-from provenance import SEED, write
+from frame import MODEL, SEED, Content, Row, parser, record, source, start
 
 from rankgate.cli import parser as cli
-from rankgate.hub.sources import DEFAULT
+from rankgate.reporting.tables import markdown
+
+if TYPE_CHECKING:
+    import httpx2
 
 REQUESTS, CONCURRENCY, TOKENS = 200, 16, 16
 PARTS = 4  # after each of which memory is looked at
@@ -43,16 +44,19 @@ CHAT = "/v1/chat/completions"
 
 
 def main() -> None:
+    start(parser(__doc__))
+    settings = {"model": MODEL, "method": "int4", "requests": REQUESTS, "concurrency": CONCURRENCY, "mix": MIX}
+    record("serving", {**settings, "new_tokens": TOKENS, "threads": 1}, measured())
+
+
+def measured() -> Iterator[Row]:
     assert sum(MIX.values()) == REQUESTS
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "smollm2-int4"
-        if cli.main(["convert", DEFAULT, "-o", str(made), "--method", "int4"]):
+        if cli.main(["convert", MODEL, "-o", str(made), "--method", "int4"]):
             raise SystemExit("convert failed")
         with serving(made, Path(folder) / "log") as address:
-            results = [asyncio.run(load(address, made.name))]
-    print(json.dumps(results, indent=1))
-    settings = {"model": DEFAULT, "method": "int4", "requests": REQUESTS, "concurrency": CONCURRENCY, "mix": MIX}
-    write("serving", {**settings, "new_tokens": TOKENS, "threads": 1}, results)
+            yield asyncio.run(load(address, made.name))
 
 
 @contextmanager
@@ -80,7 +84,9 @@ def check(holds: bool, what: object) -> None:
         raise RuntimeError(f"not so: {what}")
 
 
-async def load(address: str, model: str) -> dict[str, Any]:
+async def load(address: str, model: str) -> Row:
+    import httpx2
+
     async with httpx2.AsyncClient(base_url=address, timeout=300, headers={"Authorization": f"Bearer {KEY}"}) as client:
         requests = Requests(client, model)
         for question in QUESTIONS:  # alone, which warms up as well
@@ -180,8 +186,27 @@ async def events_of(response: httpx2.Response) -> AsyncIterator[str]:
 
 
 async def metrics(client: httpx2.AsyncClient) -> dict[str, float]:
+    from prometheus_client.parser import text_string_to_metric_families
+
     families = text_string_to_metric_families((await client.get("/metrics")).text)
     return {" ".join([s.name, *s.labels.values()]): s.value for family in families for s in family.samples}
+
+
+def section(content: Content) -> str:
+    settings, (result,) = content["settings"], content["results"]
+    ends = ", ".join(f"{int(count)} {end}" for end, count in result["answers_by_end"].items())
+    memory = ", ".join(f"{value / 1e6:,.0f}" for value in result["resident_bytes"])
+    mix = ", ".join(f"{count} {kind}" for kind, count in settings["mix"].items())
+    rows = [(*status.split(": "), str(count)) for status, count in result["statuses"].items()]
+    return f"""## Serving
+
+{settings["requests"]} requests at concurrency {settings["concurrency"]} to SmolLM2-135M in {settings["method"]}
+({mix}), of {settings["new_tokens"]} new tokens each, checked for status, order of the stream and text; the table also
+counts the questions asked alone before, whose answers these must equal. Ends of the answers: {ends}.
+Resident memory of the server in MB after a warm-up and after every quarter of the requests: {memory}. {source(content)}
+
+{markdown(("request", "status", "answers"), rows)}
+"""
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: threads beyond that wait for each other
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on the CPU; read when Triton is imported
 

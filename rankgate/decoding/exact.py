@@ -161,7 +161,7 @@ class Pace:
 class Exact:
     """A loop for generate(): `dense.generate(..., custom_generate=Exact(draft))`; then `statistics` is of that text.
 
-    draft: the converted model, on the device of the dense one and with its vocabulary; see `pipeline.open_pair`.
+    draft: the converted model, on the device of the dense one and with its vocabulary; see `hub.opening.open_pair`.
     costs: by default measured. With given ones the same seed draws the same text again.
     """
 

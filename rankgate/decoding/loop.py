@@ -1,17 +1,17 @@
-"""The fast loop for one sequence: `model.generate(..., custom_generate=rankgate.decode.decode)`.
+"""The fast loop for one sequence: `model.generate(..., custom_generate=rankgate.decoding.decode)`.
 
 generate() prepares everything that is policy (logits processors, stopping criteria, defaults) and hands over; this loop
 replaces only its token-by-token part, and returns the same tokens. What it saves is Python:
 
     prompt      the model's ordinary forward, into a cache that grows by doubling
-    each token  a captured step (`rankgate.capture`): a flat list of tensor operations, no modules; on a GPU one CUDA
+    each token  a captured step (`capture`): a flat list of tensor operations, no modules; on a GPU one CUDA
                 graph, and the next token's is launched before this one's is known to the CPU
 
 Not covered, and left to the model's own methods: steps that cannot be captured, batches, beams, padding,
 encoder-decoders, caches other than the plain dynamic one, dictionaries as results, models on several devices. Each
 model that falls back says why, once. (A loop over `forward` alone would gain nothing over generate(): its own loop is
 cheap, the modules are not.)
-How long a capture lasts, and what it sees, is said in `rankgate.steps`.
+How long a capture lasts, and what it sees, is said in `steps`.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Ordinary:
 
 
 class Captured:
-    """By captured steps over one token (see `rankgate.steps`), and over `longest` of them wherever several are read.
+    """By captured steps over one token (see `steps`), and over `longest` of them wherever several are read.
 
     Those of them that are there for nothing cost little where the weights are what takes the time: on a GPU. More than
     `longest` at once, on a CPU more than one, are read by the model's forward.

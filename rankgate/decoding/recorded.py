@@ -56,7 +56,7 @@ class Recorded:
 
 
 def _compile(part: fx.GraphModule) -> nn.Module:
-    # enable_pdl: Inductor's kernels overlap too, see `ops.overlap_gpu`
+    # enable_pdl: Inductor's kernels overlap too, see `ops.gpu.overlap`
     whole = torch.compile(part, fullgraph=True, dynamic=False, options={"triton.enable_pdl": True})
     return cast(nn.Module, whole)
 

@@ -1,4 +1,4 @@
-"""One sequence, token by token, by captured steps (`rankgate.capture`), and its cache, which grows by doubling.
+"""One sequence, token by token, by captured steps (`capture`), and its cache, which grows by doubling.
 
 A capture is made on the first call and kept with the model. It sees weights that change in place, and is made again
 when modules or parameters were replaced; a Python number that a module keeps (an ε, a flag) is frozen in it. Where a

@@ -25,7 +25,7 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
 
     def windows(self, text: str, tokens: int, context: int) -> Tensor:
-        """Token windows of a text (see `texts.load_text`), after checking that the model can read that far."""
+        """Token windows of a text (see `hub.texts`), after checking that the model can read that far."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and context > limit:
             raise RankgateError(f"a context of {context} is longer than the {limit} positions of {self.name}")

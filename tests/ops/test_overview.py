@@ -17,27 +17,33 @@ from rankgate.ops.register import ROUTES
 ROW = re.compile(
     r"^ {4}(?P<operator>[a-z_.]+) +(?P<device>CPU|CUDA) +(?P<tokens>[\d-]+) +(?P<file>ops/\S+)", re.MULTILINE
 )
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANGE = re.compile(r"(\d*)-(\d*)")
 ROWS = [row.groupdict() for row in ROW.finditer(ops.__doc__ or "")]
 
 
 def call(operator: str, device: str, tokens: int) -> Any:
-    """As definitions call it; what is registered for a GPU is given tensors of the CPU (Triton's interpreter)."""
+    """As definitions call it; what is registered for a GPU, by itself: in Triton's interpreter where there is none."""
     registered = ROUTES[operator, device].call
-    x = torch.randn(tokens, 70)
+    place = DEVICE if device == "CUDA" else "cpu"
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, device=place) + 0.1
+
+    x = noise(tokens, 70)
     match operator:
         case "gated":
-            return registered(x, torch.eye(70)[:8].contiguous(), torch.randn(9, 8), torch.randn(9, 70), 0.5)
+            return registered(x, torch.eye(70, device=place)[:8].contiguous(), noise(9, 8), noise(9, 70), 0.5)
         case "quantized_gemv.parts" if device == "CUDA":
-            return registered(x, group(65, 70).parts)
+            return registered(x, group(65, 70).to(place).parts)
         case "quantized_gemv" | "quantized_gemv.parts" | "unpack":
             return group(65, 70)(x)
         case "attend" | "attend_at":
-            q, k, v, keys, values = (torch.randn(1, 2, count, 8) for count in (*[tokens] * 3, 64, 64))
+            q, k, v, keys, values = (noise(1, 2, count, 8) for count in (*[tokens] * 3, 64, 64))
             cache = (keys, values) if operator == "attend" else (attention_gpu.table([keys, values]), 0)
-            return registered(q, k, v, *cache, torch.arange(tokens)[None], 0.3)
+            return registered(q, k, v, *cache, torch.arange(tokens, device=place)[None], 0.3)
         case "round_block":
-            return registered(*(torch.rand(8, 8) + 0.1 for _ in range(4)), 0, 15)
+            return registered(*(noise(8, 8) for _ in range(4)), 0, 15)
     raise ValueError(operator)
 
 

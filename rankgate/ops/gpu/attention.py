@@ -1,4 +1,4 @@
-"""Attention of new tokens on the GPU (Triton): `ops.attention.attend`, with a cache that is found on the device.
+"""Attention of new tokens on the GPU (Triton): `ops.attention`, with a cache that is found on the device.
 
 The address of every layer's keys and values is data, in a small table, and so is the position. The launch is therefore
 the same for every step of every sequence, and a CUDA graph that contains it outlives the cache it was recorded with.
