@@ -107,11 +107,6 @@ TOP: Columns = {"top-1": lambda r: number(r["top1"], 4)}
 DIVERGENCE: Columns = {"KL mean": lambda r: number(r["kl_mean"], 4)}
 
 
-def overview(content: Content) -> str:
-    """For the README: quality at the bits read."""
-    return table(of_methods(content["results"]), METHOD, BITS, RATIO, TOP)
-
-
 def section(content: Content) -> str:
     settings, rows = content["settings"], content["results"]
     best = front(rows)

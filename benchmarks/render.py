@@ -1,4 +1,4 @@
-"""Write docs/results.md, its charts, docs/api.md and the tables in README.md from results/*.json and docstrings.
+"""Write docs/results.md, its charts, docs/api.md and the tables in other documents from results/*.json and docstrings.
 
 python benchmarks/render.py            (tests check that it changes nothing)
 """
@@ -24,7 +24,9 @@ import memory
 import render_api
 import serving
 import speed
-from frame import ROOT, Content, load, of_devices
+from frame import ROOT, Columns, Content, load, of_devices, shown, table
+
+from rankgate.reporting.tables import describe, number
 
 DOCS = ROOT / "docs"
 BEGIN, END = "<!-- {}: written by benchmarks/render.py -->\n", "<!-- end of {} -->"
@@ -50,11 +52,33 @@ def documents() -> dict[Path, str]:
 def marked() -> dict[Path, dict[str, str]]:
     """What goes between marks of files that are written by hand: by file and mark."""
     return {
-        ROOT / "README.md": {
-            "results": curve.overview(load("curve")) + "\n\n" + speed.overview(load("speed")),
-            "attention": attention_quality.overview(load("attention_quality")),
-        },
+        ROOT / "README.md": {"results": overview()},
+        DOCS / "attention.md": {"attention": attention_quality.overview(load("attention_quality"))},
     }
+
+
+def overview() -> str:
+    """The README's table: what is fast and what that costs, and what the published methods cost, which are not."""
+    fast = [{"what": speed.label(r), "speedup": r["decode_speedup"], **r["quality"]} for r in speed.rows(load("speed"))]
+    published = [
+        {**r, "what": describe(r["method"]), "speedup": None, "bits": curve.bits(r)}
+        for r in load("curve")["results"]
+        if r["method"]["name"] in {"gsi", "svd"}
+    ]
+    return table([*(r for r in fast if r["what"] in FAST), *published], OVERVIEW)
+
+
+FAST = (
+    *("bfloat16 generate", "bfloat16 torchao int8 generate compiled", "bfloat16 torchao int4 generate compiled"),
+    *("int8 decode", "plan for ppl=1.01 decode", "lrq r=16 refine=0.2 decode", "lrq r=16 decode"),
+)
+OVERVIEW: Columns = {
+    "model, loop": lambda r: r["what"],
+    "bits": lambda r: f"{r['bits']:.2f}",
+    "ppl ratio": lambda r: number(r["ppl_ratio"], 4),
+    "top-1": lambda r: number(r["top1"], 4),
+    "decode x generate()": lambda r: shown(r["speedup"], ".2f"),
+}
 
 
 def filled(path: Path, texts: dict[str, str]) -> str:

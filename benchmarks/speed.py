@@ -171,10 +171,13 @@ test, which the planner never sees. {source(content)}
 """
 
 
+def label(r: Row) -> str:
+    planned = "=" in r["quality"]["name"].partition(" ")[0]
+    return ("plan for " if planned else "") + r["name"].removeprefix(f"{MODEL} ")
+
+
 QUALITY: Columns = {
-    "model, loop": lambda r: (
-        ("plan for " if "=" in r["quality"]["name"].partition(" ")[0] else "") + r["name"].removeprefix(f"{MODEL} ")
-    ),
+    "model, loop": label,
     "ppl ratio": lambda r: number(r["quality"]["ppl_ratio"], 4),
     "bits": lambda r: f"{r['quality']['bits']:.2f}",
     "decode x dense": lambda r: f"{r['decode_speedup']:.2f}",
@@ -189,22 +192,20 @@ SPEED: Columns = {
 }
 
 
-def with_quality(content: Content) -> list[Row]:
+def rows(content: Content) -> list[Row]:
     """What ran, each row with the quality of its model, whose name its own begins with."""
     (result,) = content["results"]
     longest_first = sorted(result["quality"], key=lambda q: len(q["name"]), reverse=True)
-    rows = [r for r in result["rows"] if "error" not in r]
-    return [{**r, "quality": next(q for q in longest_first if r["name"].startswith(q["name"]))} for r in rows]
-
-
-def overview(content: Content) -> str:
-    """For the README: quality, and speed."""
-    return table(with_quality(content), QUALITY)
+    return [
+        {**r, "quality": next(q for q in longest_first if r["name"].startswith(q["name"]))}
+        for r in result["rows"]
+        if "error" not in r
+    ]
 
 
 def section(content: Content) -> str:
-    settings, rows = content["settings"], content["results"][0]["rows"]
-    failed = "".join(f"\n{r['name']} did not run: {r['error']}\n" for r in rows if "error" in r)
+    settings, measured = content["settings"], content["results"][0]["rows"]
+    failed = "".join(f"\n{r['name']} did not run: {r['error']}\n" for r in measured if "error" in r)
     return f"""## Speed at batch 1 on a CPU
 
 SmolLM2-135M, greedy, prompt of {settings["prompt_tokens"]} tokens, {settings["new_tokens"]} new ones, every subject in
@@ -214,7 +215,7 @@ embedding, torchao's are converted likewise. *compiled*: static cache and `torch
 second over what a plain copy moves. Quality on {settings["tokens"]:,} test tokens.
 torchao {settings["torchao"]}. {source(content)}
 
-{table(with_quality(content), QUALITY, SPEED)}
+{table(rows(content), QUALITY, SPEED)}
 {failed}"""
 
 

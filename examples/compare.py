@@ -2,8 +2,7 @@
 
 import sys
 
-from rankgate import GSIConfig, Int8Config, LRQConfig, calibrate, convert_, evaluate, twin
-from rankgate.hub.opening import open_dense
+from rankgate import GSIConfig, Int8Config, LRQConfig, calibrate, convert_, evaluate, open_dense, twin
 
 dense = open_dense(sys.argv[1])
 stats = calibrate(dense.model, dense.windows("pydoc:calibration", tokens=1024, context=128), sensitivity=True)
