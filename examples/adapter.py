@@ -6,7 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankgate import RankgateConfig, adaptable
+from rankgate import RankgateConfig
+from rankgate.hub.adapters import adaptable
 
 source, text, target = sys.argv[1:]
 base = AutoModelForCausalLM.from_pretrained(source, quantization_config=RankgateConfig("int4"))

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from rankgate.decoding.exact import Exact
     from rankgate.decoding.loop import fast_generate
     from rankgate.errors import RankgateError
-    from rankgate.hub.adapters import adaptable
     from rankgate.hub.config import RankgateConfig
     from rankgate.hub.opening import open_any, open_dense
     from rankgate.methods import ASVDConfig, GSIConfig, Int4Config, Int8Config, LRQConfig, SparseConfig, SVDConfig
@@ -50,7 +49,6 @@ _HOME = {
     "Exact": "decoding.exact",
     "fast_generate": "decoding.loop",
     "RankgateError": "errors",
-    "adaptable": "hub.adapters",
     "RankgateConfig": "hub.config",
     "open_any": "hub.opening",
     "open_dense": "hub.opening",
@@ -81,7 +79,6 @@ __all__ = [
     "SparseConfig",
     "Stats",
     "Subspace",
-    "adaptable",
     "calibrate",
     "convert_",
     "evaluate",
