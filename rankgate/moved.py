@@ -1,7 +1,7 @@
 """Modules that scripts may know by another name: the documentation of the first version showed these paths.
 
-Importing one warns (`DeprecationWarning`) and gives the module that it became. New code imports from `rankgate`, or from
-where things are.
+Importing one warns (`DeprecationWarning`) and gives the module that it became. New code imports from `rankgate`, or
+from where things are.
 """
 
 from __future__ import annotations
