@@ -24,11 +24,7 @@ from rankgate.hub.opening import Opened, open_dense
 
 SEQUENCES = 8
 LENGTHS, TAUS, PAPER = (512, 2048), (0.1, 0.2, 0.3, 0.5), 0.3
-OTHERS: dict[str, dict[str, Any]] = {
-    "earlier": {"select": "earlier"},
-    "centred": {"centred": True},
-    "stride 4": {"stride": 4},
-}
+OTHERS: dict[str, Any] = {"earlier": {"select": "earlier"}, "centred": {"centred": True}, "stride 4": {"stride": 4}}
 PAPER_SAVED, PAPER_OVERLAP = "22–63 %", "0.83–0.94"
 
 

@@ -27,9 +27,7 @@ from rankgate.attention.strands import Heads, Strand
 from rankgate.hub.opening import Opened, open_dense
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-LAYER = 15
-REPEATS = 5
-SINKS = 4
+LAYER, REPEATS, SINKS = 15, 5, 4
 SETTINGS = {  # of key heads: all alike by the layer's states, or each by its own keys
     "windowed, τ = 0.3, w = 128": Heads(128, 0.3),
     "by head: w = 128, τ = 0.4": Heads(128, 0.4),

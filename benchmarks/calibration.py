@@ -19,12 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from rankgate.conversion.calibration import calibrate
 from rankgate.hub.sources import load, resolve
 
-CONTEXT = 512
-BATCH = 4
-REPEATS = 3
+CONTEXT, BATCH, REPEATS = 512, 4, 3
 TOKENS = (2_048, 4_096, 8_192)
-WIDTHS = (256, 512, 1024, 2048)
-WIDTH_TOKENS = 2_048
+WIDTHS, WIDTH_TOKENS = (256, 512, 1024, 2048), 2_048
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def against_dense(part: str) -> Columns:
 
 
 def section(content: Content) -> str:
-    rows: dict[str, Row] = {}
+    rows: dict[str, Row] = {}  # of a method, as measured on the model as it is, and by model
     for r in content["results"]:
         rows.setdefault(r["what"], {**r})[r["part"]] = r
     costs = [r["dithered"]["kl_mean"] / r["as it is"]["kl_mean"] - 1 for r in rows.values()]

@@ -20,9 +20,7 @@ from rankgate.methods import ASVDConfig, GSIConfig, Int4Config, Int8Config, LRQC
 from rankgate.reporting.pipeline import Reference
 from rankgate.reporting.tables import describe, number
 
-CONTEXT = 512
-CALIBRATION_TOKENS = 16_384
-TOKENS = 16_384
+CONTEXT, CALIBRATION_TOKENS, TOKENS = 512, 16_384, 16_384
 
 CURVE: dict[str, Method] = {
     "rank 8": LRQConfig(rank=8, refine=0.0),

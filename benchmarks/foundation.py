@@ -19,10 +19,7 @@ from rankgate.methods import ASVDConfig, GSIConfig, Method, SVDConfig
 from rankgate.reporting.pipeline import Reference, statistics
 from rankgate.reporting.tables import HEADERS, describe, markdown, number, row
 
-CONTEXT = 512
-CALIBRATION_TOKENS = 16_384
-TOKENS = 4_096
-PROMPTS = 8
+CONTEXT, CALIBRATION_TOKENS, TOKENS, PROMPTS = 512, 16_384, 4_096, 8
 
 HELD_OUT: tuple[Method, ...] = (
     GSIConfig(rank=0.125, eps=0.05),
@@ -48,15 +45,9 @@ COLORS = {"gsi": "C0", "svd": "C1", "asvd": "C2"}
 
 def main() -> None:
     folder = start(parser(__doc__, "folder")).folder
-    settings = {
-        "model": MODEL,
-        "corpus": "WikiText-2, calibrated on valid, held-out rows on test",
-        "context": CONTEXT,
-        "calibration_tokens": CALIBRATION_TOKENS,
-        "tokens": TOKENS,
-        "prompts": PROMPTS,
-    }
-    record("foundation", settings, measured(open_dense(MODEL), folder))
+    corpus = "WikiText-2, calibrated on valid, held-out rows on test"
+    sizes = {"context": CONTEXT, "calibration_tokens": CALIBRATION_TOKENS, "tokens": TOKENS, "prompts": PROMPTS}
+    record("foundation", {"model": MODEL, "corpus": corpus, **sizes}, measured(open_dense(MODEL), folder))
 
 
 def measured(opened: Opened, folder: Path) -> Iterator[Row]:

@@ -35,9 +35,7 @@ from rankgate.reporting.bench import table as bench_table
 from rankgate.reporting.pipeline import provenance
 from rankgate.reporting.tables import number
 
-CONTEXT = 512
-CALIBRATION_TOKENS = 16_384
-TOKENS = 16_384
+CONTEXT, CALIBRATION_TOKENS, TOKENS = 512, 16_384, 16_384
 BUDGETS = ("ppl=1.01", "top1=0.95", "bits=5")
 FIXED: dict[str, Method] = {
     "int8": Int8Config(),

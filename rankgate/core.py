@@ -20,7 +20,9 @@ implementation for every device is the definition until a backend in `ops` regis
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -39,32 +41,52 @@ class Projection(NamedTuple):
     fire: Tensor | None  # (...)  bool, ratio > ε: this token needs the residual
 
 
+class Memo(NamedTuple, Generic[T]):
+    """An answer, what it depends on beside the contents of the input, and who has had it."""
+
+    x: weakref.ref[Tensor]
+    state: object
+    answer: T
+    served: set[object]
+
+
 class InputGroup(nn.Module, Generic[T]):
     """What the linears that read the same tensor (q/k/v, gate/up) share: the work is done once per input tensor.
 
     Subclasses define `forward(x)`; members call `shared(x)`, which returns the previous answer as long as it is asked
-    about the very same tensor object and forgets it with that object. Forward hooks therefore see every input once.
+    about the very same tensor object, by the same thread, in the same gradient mode, and neither the tensor nor the
+    group's own ones have changed; it forgets it with that object. Forward hooks therefore see every input once.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._memo: tuple[weakref.ref[Tensor], int, T] | None = None
+        self._memos: dict[int, Memo[T]] = {}  # by thread
 
-    def shared(self, x: Tensor) -> T:
+    def shared(self, x: Tensor, asker: object = None) -> T:
+        """The answer to x. An `asker` gets the same one once: it may have changed it, or x where that does not show."""
         if torch.compiler.is_compiling():  # a weak reference would end the graph
             return self(x)  # type: ignore[no-any-return]
-        version = 0 if x.is_inference() else x._version
-        if self._memo is None or self._memo[0]() is not x or self._memo[1] != version:
-            answer: T = self(x)
-            self._memo = (weakref.ref(x, self._forget), version, answer)
-            return answer
-        return self._memo[2]
+        thread, memos, state = threading.get_ident(), self._memos, self._state(x)
+        memo = memos.get(thread)
+        if memo is None or memo.x() is not x or memo.state != state or asker in memo.served:
+            memo = Memo(weakref.ref(x, lambda _: memos.pop(thread, None)), state, self(x), set())
+            memos[thread] = memo
+        if asker is not None:
+            memo.served.add(asker)
+        return memo.answer
 
-    def _forget(self, _: weakref.ref[Tensor]) -> None:
-        self._memo = None
+    def _state(self, x: Tensor) -> object:
+        """Equal as long as the answer to x is the same. Tensors of inference mode do not count their changes."""
+        versions = [0 if t is None or t.is_inference() else t._version for t in (x, *self.tensors)]
+        return versions, torch.is_grad_enabled()
+
+    @property
+    def tensors(self) -> Iterable[Tensor | None]:
+        """What the answer depends on beside x."""
+        return ()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_memo": None}
+        return {**self.__dict__, "_memos": {}}
 
 
 class LinearGroup(InputGroup[Tensor]):
@@ -76,9 +98,9 @@ class LinearGroup(InputGroup[Tensor]):
         self._traced: tuple[Tensor, Tensor] | None = None
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """y_start … y_stop. A compiled graph asks once as well: from the first rows of an input to its last."""
+        """y_start … y_stop, a view. A compiled graph asks once, too: from the first rows of an input to its last."""
         if not torch.compiler.is_compiling():
-            return self.shared(x)[..., start:stop]
+            return self.shared(x, start)[..., start:stop]
         if start == 0 or self._traced is None or self._traced[0] is not x:
             self._traced = x, self(x)
         y = self._traced[1]
@@ -141,6 +163,10 @@ class GatedGroup(LinearGroup):
     def gate(self) -> Subspace | None:
         return None if self.subspace.eps is None else self.subspace
 
+    @property
+    def tensors(self) -> Iterable[Tensor | None]:
+        return self.subspace.B, self.A, self.W
+
     def forward(self, x: Tensor) -> Tensor:
         """An operator where a graph cannot hold what is done: the branch that a gate is, a kernel of a GPU."""
         plain = self.gate is None and not (x.is_cuda and few(x))
@@ -185,6 +211,10 @@ class ChannelGate(InputGroup[Tensor]):
         super().__init__()
         self.threshold = frozen(threshold)
 
+    @property
+    def tensors(self) -> Iterable[Tensor | None]:
+        return (self.threshold,)
+
     def forward(self, x: Tensor) -> Tensor:
         return x.abs() > self.threshold
 
@@ -207,7 +237,7 @@ class SparseLinear(nn.Module):
         return self.W.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x * self.gate.shared(x), self.W, self.bias)
+        return F.linear(x * self.gate.shared(x, id(self)), self.W, self.bias)
 
 
 def project(x: Tensor, B: Tensor, eps: float | None) -> Projection:

@@ -18,7 +18,6 @@ register them:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,11 @@ from rankgate.errors import RankgateError
 
 GROUP = 64  # inputs that share a scale
 COLUMN_ROWS = 128  # rows of a column that lie side by side: 64 bytes, one cache line
+PART_DTYPES = (  # of `QuantizedGroup.parts`
+    *((torch.uint8, torch.int8), (torch.bfloat16,), (torch.int8,)),
+    *((torch.int8,), (torch.int8,), (torch.float32,)),
+    *((torch.uint8,), *((torch.bfloat16,),) * 3),
+)
 NIBBLE_ZERO = 8  # what the nibble of a weight of zero is on a symmetric grid
 
 
@@ -67,6 +71,21 @@ class Packed(nn.Module):
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def as_stored(tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Tensor:
+    """`tensor`, which kernels read as bytes, given back the first of `dtypes` if something has widened it.
+
+    Helpers that assign `.data` get past `Packed` (peft's `prepare_model_for_kbit_training` widens all of 16 bits).
+    Raises RankgateError if it was narrowed, or is not on `device`.
+    """
+    if tensor.device != device or device.type == "meta":
+        raise RankgateError("weights of a quantised layer are offloaded or spread; keep the model on one device")
+    if tensor.dtype not in dtypes:
+        if not tensor.is_floating_point() or tensor.dtype.itemsize <= dtypes[0].itemsize:
+            raise RankgateError(f"stored values of a quantised layer were cast to {tensor.dtype}; load the model again")
+        tensor.data = tensor.data.to(dtypes[0])
+    return tensor
 
 
 class QuantizedMatrix(Packed):
@@ -170,7 +189,7 @@ class Refinement(Packed):
         return E.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x * self.gate.shared(x), self.dequantize(x.dtype))
+        return F.linear(x * self.gate.shared(x, id(self)), self.dequantize(x.dtype))
 
 
 def _strips(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,8 +204,8 @@ class QuantizedGroup(LinearGroup):
     def __init__(self, base: QuantizedMatrix, low_rank: LowRank | None, refinement: Refinement | None) -> None:
         super().__init__(base.m, base.n)
         self.base, self.low_rank, self.refinement = base, low_rank, refinement
-        self._table: np.ndarray | None = None  # once made it stays where it is: captured steps keep its address
-        self._moved = True
+        self._table: np.ndarray | None = None
+        self._where: list[int | None] | None = None  # its addresses
 
     @classmethod
     def empty(cls, m: int, n: int, bits: int, symmetric: bool, *, rank: int, refined: bool) -> QuantizedGroup:
@@ -222,8 +241,7 @@ class QuantizedGroup(LinearGroup):
 
     def forward(self, x: Tensor) -> Tensor:
         """A few tokens take a kernel that reads packed bytes; more of them share one unpacked matrix."""
-        base = self.base
-        if self.watched or x.requires_grad or x.device != base.codes.device:
+        if self.watched or x.requires_grad or x.device != self.base.codes.device:
             return self.reference(x)
         y: Tensor
         eager = x.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph outlives addresses, and fuses
@@ -231,7 +249,7 @@ class QuantizedGroup(LinearGroup):
             gemv = torch.ops.rankgate.quantized_gemv
             y = gemv(x, self.table(), self.m) if eager else gemv.parts(x, self.parts)
             return y
-        Q = torch.ops.rankgate.unpack(base.codes, base.scale, base.zero, self.n) if eager else None
+        Q = torch.ops.rankgate.unpack(*self.parts[:3], self.n) if eager else None
         return self.reference(x, Q)
 
     def reference(self, x: Tensor, Q: Tensor | None = None) -> Tensor:
@@ -249,8 +267,7 @@ class QuantizedGroup(LinearGroup):
         return None if self.refinement is None else self.refinement.gate
 
     @property
-    def parts(self) -> list[Tensor | None]:
-        """The tensors that kernels read: codes, scale, zero; A, B, s; codes, row, column and threshold of the plane."""
+    def tensors(self) -> list[Tensor | None]:
         base, low, fine = self.base, self.low_rank, self.refinement
         return [
             *(base.codes, base.scale, base.zero),
@@ -258,26 +275,33 @@ class QuantizedGroup(LinearGroup):
             *((None,) * 4 if fine is None else (fine.codes, fine.row, fine.column, fine.gate.threshold)),
         ]
 
+    @property
+    def parts(self) -> list[Tensor | None]:
+        """The tensors that kernels read: codes, scale, zero; A, B, s; codes, row, column and threshold of the plane.
+
+        Raises RankgateError if one of them is not `as_stored`.
+        """
+        device = self.base.codes.device
+        return [
+            None if tensor is None else as_stored(tensor, dtypes, device)
+            for tensor, dtypes in zip(self.tensors, PART_DTYPES, strict=True)
+        ]
+
     def table(self) -> int:
-        """Address of the group's `table_of`, which is written once and again when tensors have moved."""
-        if self._table is None:
-            self._table = table_of(self.n, self.parts)
-        elif self._moved:
-            self._table[:] = table_of(self.n, self.parts)
-        self._moved = False
+        """Address of the group's `table_of`, written anew when tensors have moved: captured steps keep the address."""
+        parts = self.parts
+        where = [None if part is None else part.data_ptr() for part in parts]
+        if where != self._where:
+            table = table_of(self.n, parts)
+            if self._table is None:
+                self._table = table
+            self._table[:] = table
+            self._where = where
+        assert self._table is not None
         return self._table.ctypes.data
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedGroup:
-        self._moved = True
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._moved = True
-        super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_table": None}
+        return {**super().__getstate__(), "_table": None, "_where": None}
 
     def extra_repr(self) -> str:
         rank = self.low_rank.rank if self.low_rank else 0

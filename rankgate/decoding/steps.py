@@ -1,8 +1,8 @@
 """One sequence, token by token, by captured steps (`capture`), and its cache, which grows by doubling.
 
-A capture is made on the first call and kept with the model. It sees weights that change in place, and is made again
-when modules or parameters were replaced; a Python number that a module keeps (an ε, a flag) is frozen in it. Where a
-step cannot be captured the model's own forward is called, and says why, once.
+A capture is made on the first call and kept with the model. It sees weights that change in place. It is made again
+when anything else has changed that `forward` depends on: modules, parameters, hooks, settings (see `_fingerprint`).
+Where a step cannot be captured the model's own forward is called, and says why, once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from rankgate.decoding.capture import Capture, Step, Uncapturable
 CAPACITY = 256  # tokens that a new cache has room for
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}  # of a capture's first logits, as a share of the largest
 HALF_TOLERANCE = 0.1  # the same in other dtypes
+MODULE_PARTS = set(vars(nn.Module())) - {"training"} | {
+    "_memos",
+    "_traced",
+    "_where",
+}  # looked at by themselves, or memory
 log = logging.getLogger(__name__)
 
 
@@ -85,15 +90,34 @@ def failed(model: nn.Module) -> bool:
 
 
 def _fingerprint(model: nn.Module) -> Any:
-    """Equal as long as a capture of the model holds: the same modules, with the same tensors of the same dtypes."""
-    modules = [(weakref.ref(m), id(vars(m).get("forward"))) for m in model.modules()]
+    """Equal as long as a capture of the model holds: all that `forward` can depend on, but for values in tensors.
+
+    That is the same modules, with the same tensors of the same dtypes at the same addresses, the same hooks, and the
+    same settings: whatever plain values modules and configurations have as attributes (which adapter is active, its
+    scale, a window, an ε, training or not).
+    """
+    modules = list(model.modules())
     tensors = [
-        (id(t), t.dtype)
-        for m in model.modules()
+        (id(t), t.dtype, t.data_ptr())
+        for m in modules
         for t in (*m._parameters.values(), *m._buffers.values())
         if t is not None
     ]
-    return modules, tensors
+    hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in modules]  # their numbers are given once
+    configs = {id(m.config): m.config for m in modules if isinstance(m, PreTrainedModel)}
+    settings = [_plain(vars(thing)) for thing in (*modules, *configs.values())]
+    return [(weakref.ref(m), id(vars(m).get("forward"))) for m in modules], tensors, hooks, settings
+
+
+def _plain(value: Any) -> Any:
+    """What is plain of a value, in a form that can be compared; None for all else."""
+    if value is None or isinstance(value, str | bool | int | float | torch.dtype):
+        return value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if key not in MODULE_PARTS}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return frozenset(value) if isinstance(value, set) and all(isinstance(item, str) for item in value) else None
 
 
 class Steps:

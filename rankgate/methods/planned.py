@@ -110,6 +110,6 @@ def assemble(result: GroupResult, stats: GroupStats, setting: Setting) -> Quanti
     if plane is not None:
         assert result.worth is not None
         worth = ChannelWorth(stats.sample, result.worth, result.base.m)
-        opened = worth.thresholds(gate_level([worth], setting.refine))
+        opened = worth.thresholds(gate_level([worth], setting.refine)).to(plane.gate.threshold.dtype)
         plane = Refinement(plane.m, plane.codes, plane.row, plane.column, opened)
     return QuantizedGroup(result.base, result.low_rank, plane)
