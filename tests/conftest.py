@@ -112,7 +112,7 @@ def chat_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     directory = tmp_path_factory.mktemp("chatting") / "tiny-chat"
     tiny_model("llama", max_position_embeddings=4000, eos_token_id=None).save_pretrained(directory)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, None
     tokenizer.save_pretrained(directory)
     return directory
 

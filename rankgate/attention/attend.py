@@ -13,7 +13,8 @@ What is held of the past is in `strands`; `cache` makes a transformers `Cache` o
 
 With τ = 0, or a window that is never left, this is dense attention.
 
-Not covered: models that do not attend through the registry (GPT-J), attention of their own windows, and a cache that is
+Not covered: models that do not attend through the registry (GPT-J), or whose attention is more than plainly causal
+(soft caps, sinks, windows, chunks: see `registry`), both refused; and a cache that is
 cut back (`crop`): what was dropped cannot come again.
 """
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rankgate.attention.cache import SelectiveCache
+from rankgate.attention.registry import plain_mask, refuse_beyond_plain
 from rankgate.attention.select import Rule, Selection, cascade, inherit, select, unit
 from rankgate.attention.strands import Heads, PaperStrand, Strand
 from rankgate.errors import RankgateError
@@ -212,14 +214,12 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    if sliding_window is not None:
-        raise RankgateError("the model has a window of its own; attention to selected tokens cannot be had besides")
+    refuse_beyond_plain(options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _active[module].attend(int(cast(Any, module).layer_idx), query, key, value, scale), None
 
 
 AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, lambda *_, **__: None)  # who sees what is decided here
+AttentionMaskInterface.register(NAME, plain_mask)

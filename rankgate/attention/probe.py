@@ -10,20 +10,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from rankgate.attention.registry import plain_mask, refuse_beyond_plain
+
 NAME = "rankgate_probe"  # in transformers' registry, while a model is probed
 Probe = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @contextmanager
 def probing(model: PreTrainedModel, probe: Probe) -> Iterator[None]:
-    """Attention of a layer is `probe(layer, q, k, v, scale)` in the meantime; all (batch × heads × tokens × width)."""
+    """Attention of a layer is `probe(layer, q, k, v, scale)` in the meantime; all (batch × heads × tokens × width).
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
-        scale = options.get("scaling") or query.shape[-1] ** -0.5
+    Raises RankgateError, from within the model, if its attention is not plainly causal.
+    """
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> Any:
+        refuse_beyond_plain(options)
+        scale = scaling or query.shape[-1] ** -0.5
         return probe(int(cast(Any, module).layer_idx), query, key, value, scale).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+    AttentionMaskInterface.register(NAME, plain_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:

@@ -310,7 +310,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from rankgate.decoding.exact import describe, exact_generate
-    from rankgate.decoding.loop import fast_generate
+    from rankgate.decoding.loop import ONE_GREEDY, fast_generate
     from rankgate.hub.opening import open_any, open_pair
 
     if arguments.dense and not arguments.exact:
@@ -324,10 +324,13 @@ def generate(arguments: argparse.Namespace) -> None:
     prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids.to(model.model.device)
     if prompt.shape[1] == 0:
         raise RankgateError("the prompt is empty; write the beginning of a text")
+    if model.positions is not None and prompt.shape[1] + arguments.n > model.positions:
+        whole = f"{prompt.shape[1]} tokens of prompt and {arguments.n} new ones"
+        raise RankgateError(f"{whole} are more than the {model.positions} positions of {model.name}; lower -n")
     options = {
         "attention_mask": torch.ones_like(prompt),
         "max_new_tokens": arguments.n,
-        "do_sample": False,
+        **ONE_GREEDY,
         "streamer": None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True),
         "pad_token_id": tokenizer.pad_token_id or 0,
     }

@@ -28,16 +28,15 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import causal_mask_function
 
 from rankgate.attention.cache import CountedLayer
+from rankgate.attention.registry import beyond_plain, is_plainly_causal
 from rankgate.ops.cpu.attention import attend
 from rankgate.ops.cpu.fused import fuse
 from rankgate.ops.cpu.quantized import gemv
 
 Step = Callable[[Tensor, Tensor], Tensor]  # logits (tokens, vocabulary) from tokens and positions, (1, tokens) int64
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
-KNOWN = {"dropout", "position_ids", "use_cache", "is_causal", "past_key_values", "cache_position", "return_dict"}
 POSITIONS = 2, 5  # where the two traces begin
 BOUND = {
     "default",
@@ -104,9 +103,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, for what is traced."""
-    unknown = [name for name, x in kwargs.items() if name not in KNOWN and x is not None and x is not False]
-    if attention_mask is not None or unknown:
-        raise Uncapturable(f"its attention takes {', '.join(unknown) or 'a mask'}")
+    beyond = beyond_plain(kwargs)
+    if attention_mask is not None or beyond:
+        raise Uncapturable(f"its attention takes {beyond or 'a mask'}")
     return _attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else float(scaling)), None
 
 
@@ -131,7 +130,7 @@ def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> None:
 
     A padding mask can only be one that the model made for itself, all ones: the decode loop gives none.
     """
-    if mask_function is not causal_mask_function:
+    if not is_plainly_causal(mask_function):
         raise Uncapturable("its attention mask is not plainly causal")
 
 

@@ -140,6 +140,10 @@ class _News:
         return self.tensors
 
 
+# of generate(), for one greedy text, whatever the model's own generation_config asks for
+ONE_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+
+
 def fast_generate(
     model: PreTrainedModel, input_ids: Tensor, *, loop: Callable[..., Any] = decode, **kwargs: Any
 ) -> Any:

@@ -70,7 +70,7 @@ def mark_converted(model: PreTrainedModel, method: Method) -> None:
     config = RankgateConfig(settings, modules=describe(model))
     model.hf_quantizer = RankgateQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.config.quantization_config = config
-    model.quantization_method, model.is_quantized = NAME, True  # type: ignore[assignment]
+    model.quantization_method = NAME  # type: ignore[assignment]
     tie(model)
 
 

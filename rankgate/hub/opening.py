@@ -24,11 +24,16 @@ class Opened:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for; None if it sets no limit."""
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return limit
+
     def windows(self, text: str, tokens: int, context: int) -> Tensor:
         """Token windows of a text (see `hub.texts`), after checking that the model can read that far."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and context > limit:
-            raise RankgateError(f"a context of {context} is longer than the {limit} positions of {self.name}")
+        if self.positions is not None and context > self.positions:
+            raise RankgateError(f"a context of {context} is longer than the {self.positions} positions of {self.name}")
         return text_windows(self.tokenizer, text, tokens, context)
 
 
@@ -53,7 +58,7 @@ def open_dense(name: str, device: str | None = "cpu") -> Opened:
     """
     place = find_device(device)
     source = sources.resolve(name)
-    if checkpoint.is_checkpoint(source.path):
+    if source.gguf is None and checkpoint.is_checkpoint(source.path):
         raise RankgateError(f"{name} is converted already; give the dense model")
     model, tokenizer = sources.load(source)
     return Opened(source.name, _moved(model, place), tokenizer)

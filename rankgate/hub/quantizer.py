@@ -67,6 +67,7 @@ class RankgateQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from rankgate.hub.loading import align_, convert_loaded_, freeze_
 
+        model.is_quantized = False  # type: ignore[assignment]  # what forbids casts, which leave codes alone here
         align_(model)
         if self.pre_quantized:
             self._check_shapes(model)

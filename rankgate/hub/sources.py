@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +69,9 @@ def resolve(name: str) -> Source:
             return Source(name, str(unpacked))
         return Source(name, str(file.parent), file.name, str(unpacked))
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        if re.search(r"-\d+-of-\d+$", path.stem):
+            raise RankgateError(f"{name} is one part of several; merge them first (llama-gguf-split --merge)")
         return Source(str(path.absolute()), str(path.absolute().parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -76,7 +79,7 @@ def resolve(name: str) -> Source:
         return Source(str(path.absolute()), str(path.absolute()))
     if path.exists():
         raise RankgateError(f"{name} is not a model; give a directory, a .gguf file, a hub id or {DEFAULT}")
-    if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) and path.suffix != ".gguf":
+    if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) and path.suffix.lower() != ".gguf":
         remote.require(name, "model")
         return Source(name, name)
     raise RankgateError(f"no model at {name}; give a directory, a .gguf file, a hub id or {DEFAULT}")
@@ -91,13 +94,18 @@ def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     dtype = "auto" if source.gguf is None else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **gguf)
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, use_safetensors=True, **gguf)
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **gguf}
+        from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+        model, info = from_pretrained(source.path, **options)
     except Exception as error:  # a damaged file can fail in any layer below
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RankgateError(f"cannot load {source.name}: {reason}") from error
-    if source.gguf is not None:  # the weights are plain floats now; the file's quantisation is history
-        del model.config.quantization_config
-        del model.hf_quantizer
+    if missing := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+        names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise RankgateError(f"{source.name} lacks weights, which would be random: {names}; fetch the whole model again")
+    if source.gguf is not None:  # the weights are plain floats now; what quantisation a file had is history
+        for thing, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+            vars(thing).pop(name, None)
     if source.unpacked is not None:  # without it the next time only takes longer: no room, or another process did it
         with contextlib.suppress(OSError, RankgateError), atomic_path(source.unpacked) as temporary:
             model.save_pretrained(temporary)

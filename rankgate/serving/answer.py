@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from rankgate.decoding.loop import fast_generate
+from rankgate.decoding.loop import ONE_GREEDY, fast_generate
 from rankgate.errors import RankgateError
 from rankgate.hub.opening import Opened
 
@@ -42,7 +42,7 @@ def context_length(opened: Opened, asked: int | None = None) -> int:
 
     Raises RankgateError if it has fewer than `asked`.
     """
-    limit = getattr(opened.model.config, "max_position_embeddings", None)
+    limit = opened.positions
     if asked is not None and limit is not None and asked > limit:
         raise RankgateError(f"a context of {asked} is longer than the {limit} positions of {opened.name}")
     return asked or limit or BOUNDLESS
@@ -77,9 +77,13 @@ def answer(
     """
     model, tokenizer = opened.model, opened.tokenizer
     ids = torch.tensor([list(prompt)], device=model.device)
-    stream = _TextStream(tokenizer, sampling.stop, emit, stopped)
-    greedy = sampling.temperature < GREEDY_BELOW
-    how: dict[str, Any] = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    ends = end_tokens(opened, sampling.stop)
+    stream = _TextStream(tokenizer, sampling.stop, ends, emit, stopped)
+    how: dict[str, Any] = dict(ONE_GREEDY)
+    if sampling.temperature >= GREEDY_BELOW:
+        how |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    if ends:
+        how["eos_token_id"] = sorted(ends)
     torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
     try:
         fast_generate(
@@ -87,17 +91,22 @@ def answer(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=sampling.tokens,
-            num_beams=1,
-            do_sample=not greedy,
             streamer=stream,
             pad_token_id=tokenizer.pad_token_id or 0,
             **how,
         )
     except _Stop as stop:
-        return stop.reason, len(stream.ids)
-    eos: Any = getattr(model.generation_config, "eos_token_id", None)  # one, several or none
-    ended = len(stream.ids) < sampling.tokens or stream.ids[-1] in (eos if isinstance(eos, list) else [eos])
-    return "stop" if ended else "length", len(stream.ids)
+        return stop.reason, stream.count
+    return "stop" if stream.count < sampling.tokens else "length", stream.count
+
+
+def end_tokens(opened: Opened, stop: Sequence[str] = ()) -> set[int]:
+    """Tokens that end an answer: end of text to the model or its tokenizer, and stop texts that are special tokens."""
+    tokenizer = opened.tokenizer
+    eos: Any = getattr(opened.model.generation_config, "eos_token_id", None)  # one, several or none
+    known = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
+    special = {str(added): i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return {*known, *(special[word] for word in stop if word in special)} - {None}
 
 
 class _Stop(Exception):
@@ -114,11 +123,13 @@ class _TextStream(BaseStreamer):
         self,
         tokenizer: PreTrainedTokenizerBase,
         stop: tuple[str, ...],
+        ends: set[int],
         emit: Callable[[str], None],
         stopped: Callable[[], bool],
     ) -> None:
-        self.tokenizer, self.stop, self.emit, self.stopped = tokenizer, stop, emit, stopped
+        self.tokenizer, self.stop, self.ends, self.emit, self.stopped = tokenizer, stop, ends, emit, stopped
         self.ids: list[int] = []
+        self.count = 0  # of all new tokens, that which ends the answer among them
         self.in_prompt = True
         self.start = self.read = 0  # ids[:read] have become text; those from `start` on decide how the next one is read
         self.held = ""  # text that may be the beginning of a stop text
@@ -129,7 +140,12 @@ class _TextStream(BaseStreamer):
         if self.in_prompt:  # generate() shows it first
             self.in_prompt = False
             return
-        self.ids += value.flatten().tolist()
+        (token,) = value.flatten().tolist()
+        self.count += 1
+        if token in self.ends:
+            self.end()
+            raise _Stop("stop")
+        self.ids.append(token)
         new = self._decoded(self.ids[self.start :])[len(self._decoded(self.ids[self.start : self.read])) :]
         unfinished = new.endswith("\N{REPLACEMENT CHARACTER}")  # may become a character yet
         if not unfinished or len(self.ids) - self.read >= UNREADABLE:
