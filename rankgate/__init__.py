@@ -97,6 +97,11 @@ def _register(_: Any) -> None:
 
 
 @wrapt.when_imported("rankgate.core")
+def _bring_storage(_: Any) -> None:
+    importlib.import_module("rankgate.quantized")
+
+
+@wrapt.when_imported("rankgate.quantized")
 def _bring_kernels(_: Any) -> None:
     importlib.import_module("rankgate.ops")
 

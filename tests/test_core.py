@@ -1,6 +1,7 @@
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,3 +106,41 @@ def test_a_gate_and_a_residual_come_together(eps):
     W = torch.randn(M, N) if eps is None else None
     with pytest.raises(ValueError, match="gate"):
         GatedGroup(Subspace(torch.eye(N)[:K], eps), torch.randn(M, K), W)
+
+
+def test_an_answer_without_gradients_is_not_given_where_they_are_wanted():
+    layer, _ = gated(eps=0.3)
+    x = torch.randn(4, N, requires_grad=True)
+    with torch.no_grad():
+        layer(x)
+    assert layer(x).requires_grad
+
+
+def test_a_changed_answer_is_not_given_again():
+    layer, _ = gated(eps=0.3)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            x = torch.randn(4, N)
+            first = layer(x).clone()
+            layer(x).add_(1)
+            assert torch.equal(layer(x), first)
+
+
+def test_weights_that_change_between_members_are_seen():
+    layer, _ = gated(eps=0.3)
+    half = layer.group.m // 2
+    first, second = GroupedLinear(layer.group, 0, half, None), GroupedLinear(layer.group, half, layer.group.m, None)
+    x = torch.randn(4, N)
+    first(x)
+    with torch.no_grad():
+        layer.group.A.mul_(2), layer.group.W.mul_(2)
+    assert torch.equal(second(x), layer.group.reference(x)[:, half:])
+
+
+def test_threads_have_answers_of_their_own():
+    layer, _ = gated(eps=0.3)
+    x = torch.randn(4, N)
+    layer(x)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(layer, x).result()
+    assert len(layer.group._memos) == 2

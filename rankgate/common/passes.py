@@ -10,10 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from rankgate.errors import RankgateError
+
 
 def backward_from_sampled_labels(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) -> None:
-    """Backpropagate the summed loss of ids (1 × tokens) with labels drawn from the model's own predictions."""
+    """Backpropagate the summed loss of ids (1 × tokens) with labels drawn from the model's own predictions.
+
+    Raises RankgateError if a logit is not finite.
+    """
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0].float()
+    if not torch.isfinite(logits).all():
+        raise RankgateError("the model gives non-finite logits on calibration text; try a wider dtype")
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
     F.cross_entropy(logits, labels, reduction="sum").backward()
 

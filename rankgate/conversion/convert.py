@@ -60,8 +60,8 @@ def convert_(
     keeps its dense weight). Otherwise it stays dense.
     consume: drop each second moment of `stats` after its last use, which saves memory; `stats` are of no use then.
     The converted model is used like the dense one: batches, padding, `generate()`.
-    Raises RankgateError if `method` needs statistics and has none, if they belong to another model, or if a rank does
-    not fit; the model may then be partly converted.
+    Raises RankgateError if there is nothing to convert, if `method` needs statistics and has none, if they belong to
+    another model, or if a rank does not fit; the model may then be partly converted.
     """
     if any(True for _ in converted_layers(model)):
         raise RankgateError("the model is converted already; start from the dense one")
@@ -70,6 +70,8 @@ def convert_(
     for one in (method, *(other for other in others.values() if other is not None)):
         used |= statistics_for(model, one, stats)
     modules = linears(model)
+    if not modules:
+        raise RankgateError(f"{type(model).__name__} has no linear layers that could be converted; it is left as it is")
     reports = {name: LayerReport(name, name, *shape(module), reason=NOT_CALLED) for name, module in modules.items()}
     parts = assigned(list(used) or input_groups(model), method, others)
     if unknown := [name for name in others if not any(matches(name, module) for module in modules)]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -40,14 +41,29 @@ def shape(module: nn.Module) -> tuple[int, int]:
 def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every `nn.Linear` and `Conv1D` by name, without the output embedding (`lm_head`).
 
-    Subclasses of `nn.Linear` are left out: their forward is not a plain matrix product.
+    A subclass of `nn.Linear` counts where its own forward is the plain matrix product (Falcon's), and is left out where
+    it is not.
     """
     head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head
-    }
+    plain: dict[type[nn.Module], bool] = {nn.Linear: True}  # by class
+
+    def is_linear(module: nn.Module) -> bool:
+        if isinstance(module, nn.Linear) and type(module) not in plain:
+            plain[type(module)] = _multiplies(module)
+        return isinstance(module, Conv1D) or plain.get(type(module), False)
+
+    return {name: module for name, module in model.named_modules() if module is not head and is_linear(module)}
+
+
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether calling `module` gives W x + bias."""
+    x = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight)
+    try:
+        with torch.no_grad():
+            y = module(x)
+            return isinstance(y, Tensor) and torch.allclose(y, F.linear(x, module.weight, module.bias), equal_nan=True)
+    except Exception:  # whatever a forward of its own wants to be called with
+        return False
 
 
 def input_groups(model: PreTrainedModel) -> list[tuple[str, ...]]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from rankgate.errors import RankgateError
 
 RUN = 32  # tokens in a hashed run
+CHARACTERS = 16  # of a text that are tried for a token: most have fewer, and what is cut last is not used
 DISTINCT = 8  # a run with fewer distinct tokens (a ruled line, say) proves nothing
 
 
@@ -28,13 +29,25 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, co
     bos = tokenizer.bos_token_id
     prefix = [bos] if bos is not None and bos in tokenizer("").input_ids else []
     body = context - len(prefix)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids: list[int] = []
+    characters = CHARACTERS * tokens
+    while len(ids) < count * body:  # of a large text no more than it takes
+        ids = tokenizer(_beginning(text, characters), add_special_tokens=False, verbose=False).input_ids
+        if characters >= len(text):
+            break
+        characters *= 2
     if len(ids) < count * body:
         raise RankgateError(
             f"the text has {len(ids):,} tokens, {count * body:,} were asked for; give more text or ask for fewer"
         )
     windows = torch.tensor(ids[: count * body]).view(count, body)
     return torch.cat([torch.tensor(prefix, dtype=windows.dtype).expand(count, -1), windows], dim=1)
+
+
+def _beginning(text: str, characters: int) -> str:
+    """So many characters of `text`, and then up to the end of the line."""
+    end = text.find("\n", characters)
+    return text if end < 0 else text[:end]
 
 
 def run_hashes(windows: Tensor, stride: int = RUN) -> Tensor:

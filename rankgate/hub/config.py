@@ -1,13 +1,13 @@
-"""How a model is to be converted, or was: the `quantization_config` of transformers.
+"""How a model is to be converted, or was: the `quantization_config` of transformers, which `quantizer` registers.
 
-This module is imported while transformers is: it must not need more of it than its quantizers.
+This module is imported while transformers is: it must not need more of it than this. Importing transformers' quantizers
+would bring `quantizer`, which needs this module whole.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankgate.errors import RankgateError
@@ -22,7 +22,6 @@ NAME = "rankgate"
 FORMAT = 4  # of what is stored
 
 
-@register_quantization_config(NAME)
 class RankgateConfig(QuantizationConfigMixin):
     """How to convert a model while it is loaded, or how a stored one was converted.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from rankgate.errors import RankgateError
@@ -23,6 +23,9 @@ from rankgate.hub.config import NAME, RankgateConfig
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+register_quantization_config(NAME)(RankgateConfig)
 
 
 @register_quantizer(NAME)

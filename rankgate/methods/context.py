@@ -112,6 +112,10 @@ class SequenceTracker:
         self._outermost: nn.Module | None = None
         self._by_cache: WeakKeyDictionary[Any, Sequences] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[SequenceTracker], tuple[()]]:
+        """A copied or pickled model follows sequences of its own."""
+        return SequenceTracker, ()
+
     @classmethod
     def install(cls, model: PreTrainedModel) -> None:
         """Hook one tracker into `model` and its base model, and hand it to every `ContextBasis` inside."""

@@ -31,6 +31,10 @@ NEUTRAL: dict[str, Any] = {  # parameters that are not supported, and the one va
     "annotations": [],
     "response_format": {"type": "text"},
     "modalities": ["text"],
+    "suffix": "",
+    "top_k": -1,  # from here on extensions that clients of other servers send
+    "min_p": 0,
+    "repetition_penalty": 1,
 }
 WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
@@ -81,6 +85,11 @@ class StreamOptions(_Strict):
 class Message(_Strict):
     role: Literal["system", "user", "assistant"]
     content: str
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _former_name(cls, value: Any) -> Any:
+        return "system" if value == "developer" else value
 
     @field_validator("content", mode="before")
     @classmethod

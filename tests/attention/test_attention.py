@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from conftest import calibrated, tiny_model, tokens
+import transformers
+from conftest import LLAMA, calibrated, tiny_model, tokens
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rankgate.attention import select as module
 from rankgate.attention.attend import AttentionConfig, select_tokens_
@@ -275,3 +276,19 @@ def test_heads_are_chosen_by_what_they_cost():
         costs.plan(0.0)
     with pytest.raises(RankgateError, match="more"):
         costs.plan(0.01)
+
+
+@pytest.mark.parametrize("what", ["Mistral", "Gemma2", "GptOss"])
+def test_attention_that_is_more_than_causal_is_refused(what):
+    """Windows, soft caps, learned sinks would be left out."""
+    more = {
+        "Mistral": {"sliding_window": 8},
+        "Gemma2": {"head_dim": 8, "layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 1.0},
+        "GptOss": {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    }[what]
+    config = getattr(transformers, f"{what}Config")(**LLAMA, **more)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with select_tokens_(model, AttentionConfig()), pytest.raises(RankgateError, match="would leave"):
+        model(tokens(1, 12))
+    with pytest.raises(RankgateError, match="would leave"):
+        try_heads(model, tokens(1, 96))

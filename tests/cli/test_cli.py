@@ -310,3 +310,23 @@ def test_a_closed_pipe_is_not_an_error(model_dir):
     errors = process.stderr.read().decode()
     shutil.rmtree(out, ignore_errors=True)
     assert process.wait() == 0 and "Traceback" not in errors
+
+
+def test_generate_stays_within_the_positions_and_writes_one_text(run, refuses, model_dir, tmp_path):
+    assert "more than the 128 positions" in refuses("generate", model_dir, "x" * 120, "-n", 20)
+    model = tmp_path / "beams"
+    shutil.copytree(model_dir, model)
+    settings = json.loads((model / "generation_config.json").read_text())
+    wishes = {**settings, "num_beams": 3, "return_dict_in_generate": True}
+    (model / "generation_config.json").write_text(json.dumps(wishes))
+    assert last(run("generate", model, "The keeper", "-n", 4, "--json"))["new_tokens"] <= 4
+    run("generate", model, "The keeper", "-n", 4)
+
+
+def test_what_a_terminal_cannot_show_is_replaced(model_dir):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    options = ("--method", "svd", "--rank", "0.5", "--allow-larger", *SMALL)
+    command = [sys.executable, "-m", "rankgate.cli", "evaluate", str(model_dir), *options]
+    done = subprocess.run(command, env=env, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"svd k=0.5?min(m,n)" in done.stdout

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from torch import nn
 
 from rankgate.conversion.groups import input_groups, linears, read_linear
 
@@ -37,3 +38,17 @@ def test_read_linear_is_the_map_of_the_module(architecture):
         x = torch.randn(3, layer.n)
         expected = x @ layer.W.T if layer.bias is None else x @ layer.W.T + layer.bias
         torch.testing.assert_close(module(x), expected)
+
+
+def test_a_subclass_counts_if_it_multiplies():
+    class Same(nn.Linear):
+        def forward(self, input):
+            return input @ self.weight.T + self.bias
+
+    class Other(nn.Linear):
+        def forward(self, input):
+            return super().forward(input).relu()
+
+    model = tiny_model("gpt2")
+    model.transformer.same, model.transformer.other = Same(3, 4), Other(3, 4)
+    assert "transformer.same" in linears(model) and "transformer.other" not in linears(model)

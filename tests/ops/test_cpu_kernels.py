@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rankgate.core import FEW, GroupedLinear
+from rankgate.errors import RankgateError
 from rankgate.ops.cpu import quantized as cpu
 from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement, pack_nibbles, unpack_nibbles
 
@@ -153,3 +154,28 @@ def test_refinement_unpacks_to_what_was_packed() -> None:
     codes = torch.randint(0, 16, (130, 7))
     row, column = torch.ones(130), torch.ones(7)
     assert torch.equal(Refinement.pack(codes, row, column, torch.zeros(7)).dequantize(), codes.float() - 8)
+
+
+def test_what_helpers_widen_is_narrowed_again():
+    """As peft's `prepare_model_for_kbit_training` does, before and after the first use."""
+    x = torch.randn(2, 70)
+    for used in (False, True):
+        quantized = group(65, 70, zero=True, rank=4, opened=0.3)
+        expected = group(65, 70, zero=True, rank=4, opened=0.3)(x)
+        if used:
+            quantized(x)
+        for parameter in quantized.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
+        assert torch.equal(quantized(x), expected)
+
+
+def test_tensors_that_were_moved_or_narrowed():
+    quantized, x = group(65, 70, rank=4), torch.randn(2, 70)
+    expected = quantized(x)
+    for parameter in quantized.parameters():
+        parameter.data = parameter.data.clone()
+    assert torch.equal(quantized(x), expected)
+    quantized.low_rank.scale.data = quantized.low_rank.scale.data.half()
+    with pytest.raises(RankgateError, match="load the model again"):
+        quantized(x)

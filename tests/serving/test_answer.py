@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from rankgate.hub.opening import Opened, open_any
 from rankgate.serving import answer as answering
@@ -15,6 +18,33 @@ from rankgate.serving.answer import Sampling
 @pytest.fixture
 def opened(chat_dir: Path) -> Opened:
     return open_any(str(chat_dir))
+
+
+def test_what_ends_an_answer(opened: Opened, monkeypatch: pytest.MonkeyPatch):
+    """End of text to the model or to its tokenizer, and stop texts that are special tokens: none of it is text."""
+    tokenizer = copy.deepcopy(opened.tokenizer)
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)], special_tokens=True)
+    tokenizer.add_tokens(["<turn>"])
+    turn, end = tokenizer.convert_tokens_to_ids(["<turn>", "<|end|>"])
+    own = Opened("tiny", copy.deepcopy(opened.model), tokenizer)
+    said, told = [*tokenizer("Paris.").input_ids, 0, *tokenizer(" More.").input_ids], {}
+
+    def says(model: object, ids: torch.Tensor, **options: Any) -> None:
+        told.update(options)
+        options["streamer"].put(ids)
+        for token in said:
+            options["streamer"].put(torch.tensor([token]))
+        options["streamer"].end()
+
+    monkeypatch.setattr(answering, "fast_generate", says)
+    at = said.index(0)
+    cases = ((end, ("<|end|>",), None, None), (turn, (), [2, turn], None), (3, (), None, "</s>"))
+    for last, stop, model_ends, tokenizer_ends in cases:
+        said[at], own.model.generation_config.eos_token_id, tokenizer.eos_token = last, model_ends, tokenizer_ends
+        pieces: list[str] = []
+        ending = answering.answer(own, [5], Sampling(1000, stop=stop), pieces.append, lambda: False)
+        assert ("".join(pieces), *ending) == ("Paris.", "stop", at + 1)
+        assert last in told["eos_token_id"]
 
 
 def pieces_of(opened: Opened, prompt: str, monkeypatch: pytest.MonkeyPatch, text: str, *stop: str) -> list[str]:
