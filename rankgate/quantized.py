@@ -205,7 +205,7 @@ class QuantizedGroup(LinearGroup):
         super().__init__(base.m, base.n)
         self.base, self.low_rank, self.refinement = base, low_rank, refinement
         self._table: np.ndarray | None = None
-        self._where: list[int | None] | None = None  # its addresses
+        self._described: list[tuple[int, torch.dtype] | None] = []  # the storage that it is of
 
     @classmethod
     def empty(cls, m: int, n: int, bits: int, symmetric: bool, *, rank: int, refined: bool) -> QuantizedGroup:
@@ -288,20 +288,21 @@ class QuantizedGroup(LinearGroup):
         ]
 
     def table(self) -> int:
-        """Address of the group's `table_of`, written anew when tensors have moved: captured steps keep the address."""
-        parts = self.parts
-        where = [None if part is None else part.data_ptr() for part in parts]
-        if where != self._where:
-            table = table_of(self.n, parts)
+        """Address of the group's `table_of`, written anew when storage has changed: captured steps keep the address."""
+        if self._table is None or self._described != self._storage():
+            table = table_of(self.n, self.parts)
             if self._table is None:
                 self._table = table
-            self._table[:] = table
-            self._where = where
-        assert self._table is not None
+            else:
+                self._table[:] = table
+            self._described = self._storage()
         return self._table.ctypes.data
 
+    def _storage(self) -> list[tuple[int, torch.dtype] | None]:
+        return [None if tensor is None else (tensor.data_ptr(), tensor.dtype) for tensor in self.tensors]
+
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_table": None, "_where": None}
+        return {**super().__getstate__(), "_table": None, "_described": []}
 
     def extra_repr(self) -> str:
         rank = self.low_rank.rank if self.low_rank else 0

@@ -136,3 +136,15 @@ def refuses(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return errors[0]
 
     return run
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command line, check that it succeeds, and return what it prints."""
+    from rankgate.cli import main
+
+    def run(*argv: object) -> str:
+        assert main([str(word) for word in argv]) == 0
+        return capsys.readouterr().out
+
+    return run

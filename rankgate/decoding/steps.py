@@ -24,11 +24,8 @@ from rankgate.decoding.capture import Capture, Step, Uncapturable
 CAPACITY = 256  # tokens that a new cache has room for
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}  # of a capture's first logits, as a share of the largest
 HALF_TOLERANCE = 0.1  # the same in other dtypes
-MODULE_PARTS = set(vars(nn.Module())) - {"training"} | {
-    "_memos",
-    "_traced",
-    "_where",
-}  # looked at by themselves, or memory
+# attributes of modules that are compared by themselves, or are only memory
+MODULE_PARTS = {*vars(nn.Module()), "_memos", "_traced", "_described"} - {"training"}
 log = logging.getLogger(__name__)
 
 

@@ -106,7 +106,7 @@ class Runner:
         if subject.torchao is not None:
             quantize_torchao(model, subject.torchao)
         self.model = model.eval()
-        limit = getattr(model.config, "max_position_embeddings", None) or LONG_PROMPT + new_tokens
+        limit = opened.positions or LONG_PROMPT + new_tokens
         if prompt_tokens + new_tokens > limit:
             raise RankgateError(
                 f"{prompt_tokens} prompt and {new_tokens} new tokens exceed the {limit} positions of {subject.model}"

@@ -100,7 +100,7 @@ def answer(
     return "stop" if stream.count < sampling.tokens else "length", stream.count
 
 
-def end_tokens(opened: Opened, stop: Sequence[str] = ()) -> set[int]:
+def end_tokens(opened: Opened, stop: Sequence[str]) -> set[int]:
     """Tokens that end an answer: end of text to the model or its tokenizer, and stop texts that are special tokens."""
     tokenizer = opened.tokenizer
     eos: Any = getattr(opened.model.generation_config, "eos_token_id", None)  # one, several or none
@@ -146,7 +146,7 @@ class _TextStream(BaseStreamer):
             self.end()
             raise _Stop("stop")
         self.ids.append(token)
-        new = self._decoded(self.ids[self.start :])[len(self._decoded(self.ids[self.start : self.read])) :]
+        new = self._unread()
         unfinished = new.endswith("\N{REPLACEMENT CHARACTER}")  # may become a character yet
         if not unfinished or len(self.ids) - self.read >= UNREADABLE:
             self.start, self.read = self.read, len(self.ids)
@@ -154,10 +154,13 @@ class _TextStream(BaseStreamer):
 
     def end(self) -> None:
         """The rest, of a text that was not stopped."""
-        rest = self._decoded(self.ids[self.start :])[len(self._decoded(self.ids[self.start : self.read])) :]
-        self._pass_on(rest)
+        self._pass_on(self._unread())
         if self.held:
             self.emit(self.held)
+
+    def _unread(self) -> str:
+        """The text of the tokens that have not become text yet."""
+        return self._decoded(self.ids[self.start :])[len(self._decoded(self.ids[self.start : self.read])) :]
 
     def _decoded(self, ids: list[int]) -> str:
         text: Any = self.tokenizer.decode(ids, skip_special_tokens=True)

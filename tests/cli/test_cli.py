@@ -9,21 +9,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from rankgate.cli import parser as cli
 from rankgate.conversion.calibration import Stats
 from rankgate.conversion.timing import Timer
 
 SMALL = ("--context", "32", "--tokens", "96", "--calibration-tokens", "640", "--prompts", "2")
 NEEDED = ("ppl_dense", "ppl", "ppl_ratio", "top1", "kl_mean", "fire_rate", "read_speedup", "bits_per_weight", "tokens")
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*argv):
-        assert cli.main([str(word) for word in argv]) == 0
-        return capsys.readouterr().out
-
-    return run
 
 
 def last(output: str) -> dict:

@@ -360,15 +360,6 @@ def test_scores_that_are_not_numbers_are_an_error(which):
         exact_generate(model, draft, ids, costs=CHEAP, **greedy(ids))
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*argv):
-        assert cli.main([str(word) for word in argv]) == 0
-        return capsys.readouterr().out
-
-    return run
-
-
 def test_generate_from_the_command_line(run, refuses, converted, model_dir):
     dense = json.loads(run("generate", model_dir, "The ", "-n", "20", "--json").splitlines()[-1])
     out = run("generate", converted, "The ", "-n", "20", "--exact", "--json")
