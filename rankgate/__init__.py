@@ -2,9 +2,10 @@
 
     from rankgate import GSIConfig, calibrate, convert_, evaluate
 
-The names below are imported when they are first used, so that `rankgate --help` does not wait for torch. Two modules
-take part in what others begin: transformers knows converted models as soon as somebody imports its quantizers, and
-kernels register themselves as soon as somebody imports the definitions, which know nothing of them.
+The names below are imported when they are first used, so that `rankgate --help` does not wait for torch. Some modules
+take part in what others begin: transformers knows converted models as soon as somebody imports its quantizers, kernels
+register themselves as soon as somebody imports the definitions, which know nothing of them, and what is converted can
+be saved.
 """
 
 from __future__ import annotations
@@ -104,6 +105,11 @@ def _bring_storage(_: Any) -> None:
 @wrapt.when_imported("rankgate.quantized")
 def _bring_kernels(_: Any) -> None:
     importlib.import_module("rankgate.ops")
+
+
+@wrapt.when_imported("rankgate.conversion.convert")
+def _bring_files(_: Any) -> None:
+    importlib.import_module("rankgate.hub.checkpoint")
 
 
 def __getattr__(name: str) -> Any:

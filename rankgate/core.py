@@ -14,8 +14,9 @@ weights instead of m n is where the speed comes from; every token whose gate ope
 This module is the oracle that faster kernels are tested against. It computes both branches with dense products and
 branches on the host; it does not try to be fast, to fuse, or to avoid the device synchronisation of `fire.any()`.
 
-It imports nothing of the project. What a kernel may do instead is an operator, `torch.ops.rankgate.gated`, whose
-implementation for every device is the definition until a backend in `ops` registers a better one for its own.
+It imports nothing of the project but its exception. What a kernel may do instead is an operator,
+`torch.ops.rankgate.gated`, whose implementation for every device is the definition until a backend in `ops` registers a
+better one for its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankgate.errors import RankgateError
+
 T = TypeVar("T")
+ELSEWHERE = "weights of a converted layer are offloaded, or not where its input is; keep the model on one device"
 FEW = 8  # tokens up to which one matrix-vector product each is faster than unpacking the matrix
 
 
@@ -56,6 +60,7 @@ class InputGroup(nn.Module, Generic[T]):
     Subclasses define `forward(x)`; members call `shared(x)`, which returns the previous answer as long as it is asked
     about the very same tensor object, by the same thread, in the same gradient mode, and neither the tensor nor the
     group's own ones have changed; it forgets it with that object. Forward hooks therefore see every input once.
+    Raises RankgateError if its tensors are not on the input's device: an operator would read what is not there.
     """
 
     def __init__(self) -> None:
@@ -69,6 +74,8 @@ class InputGroup(nn.Module, Generic[T]):
         thread, memos, state = threading.get_ident(), self._memos, self._state(x)
         memo = memos.get(thread)
         if memo is None or memo.x() is not x or memo.state != state or asker in memo.served:
+            if any(t is not None and t.device != x.device for t in self.tensors):
+                raise RankgateError(ELSEWHERE)
             memo = Memo(weakref.ref(x, lambda _: memos.pop(thread, None)), state, self(x), set())
             memos[thread] = memo
         if asker is not None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankgate.core import ChannelGate, GroupedLinear, LinearGroup, few, frozen, operators, widen
+from rankgate.core import ELSEWHERE, ChannelGate, GroupedLinear, LinearGroup, few, frozen, operators, widen
 from rankgate.errors import RankgateError
 
 GROUP = 64  # inputs that share a scale
@@ -80,7 +80,7 @@ def as_stored(tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.dev
     Raises RankgateError if it was narrowed, or is not on `device`.
     """
     if tensor.device != device or device.type == "meta":
-        raise RankgateError("weights of a quantised layer are offloaded or spread; keep the model on one device")
+        raise RankgateError(ELSEWHERE)
     if tensor.dtype not in dtypes:
         if not tensor.is_floating_point() or tensor.dtype.itemsize <= dtypes[0].itemsize:
             raise RankgateError(f"stored values of a quantised layer were cast to {tensor.dtype}; load the model again")
@@ -241,7 +241,7 @@ class QuantizedGroup(LinearGroup):
 
     def forward(self, x: Tensor) -> Tensor:
         """A few tokens take a kernel that reads packed bytes; more of them share one unpacked matrix."""
-        if self.watched or x.requires_grad or x.device != self.base.codes.device:
+        if self.watched or x.requires_grad:
             return self.reference(x)
         y: Tensor
         eager = x.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph outlives addresses, and fuses

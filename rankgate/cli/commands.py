@@ -158,8 +158,10 @@ def convert(arguments: argparse.Namespace) -> None:
         for layer in layers
     ]
     show_table(headers, rows)
-    print(f"{len(layers) - len(dense)} of {len(layers)} layers converted, written to {arguments.output}")
-    record = {"output": arguments.output, "layers": len(layers), "converted": len(layers) - len(dense)}
+    share = 1 - sum(layer.m * layer.n for layer in dense) / sum(layer.m * layer.n for layer in layers)
+    count = f"{len(layers) - len(dense)} of {len(layers)} layers"
+    print(f"{count} converted, {share:.0%} of the weights that a token can read, written to {arguments.output}")
+    record = {"output": arguments.output, "layers": len(layers), "converted": len(layers) - len(dense), "share": share}
     if plan is not None:
         show_plan(plan)
         record |= {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from rankgate.common.progress import track
 from rankgate.conversion.calibration import Stats
-from rankgate.conversion.groups import NOT_CALLED, input_groups, linears, read_linear, shape
+from rankgate.conversion.groups import NOT_CALLED, dense_weights, input_groups, linears, read_linear, shape
 from rankgate.core import GroupedLinear, SparseLinear
 from rankgate.errors import RankgateError
-from rankgate.methods import Method
+from rankgate.methods import Int8Config, Method
 from rankgate.methods.context import ContextLinear
 from rankgate.methods.given import GroupStats, Linear
 from rankgate.methods.quantize import nearest
@@ -24,11 +24,17 @@ from rankgate.quantized import QuantizedGroup, QuantizedHead
 
 NOT_WANTED = "left dense as asked"
 Converted = GroupedLinear | ContextLinear | SparseLinear
+Others = Mapping[str, Method | None]  # by names of linears, see `convert_`
+
+# called with every model that has been converted, and how: `hub` lets save_pretrained know
+finishers: list[Callable[[PreTrainedModel, Method, Others], None]] = []
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one linear. `reason` says why it stayed dense and is empty if it was converted.
+    """What happened to one linear, or to another weight that every token reads (see `groups.dense_weights`).
+
+    `reason` says why it stayed dense and is empty if it was converted.
 
     `group` is the first member of its input group; m × n is the shape; `kept` is the share of energy kept at `rank`.
     """
@@ -47,70 +53,111 @@ def convert_(
     method: Method,
     stats: Stats | None = None,
     *,
-    overrides: Mapping[str, Method | None] | None = None,
+    overrides: Others | None = None,
     lm_head: bool = False,
     consume: bool = False,
     progress: bool = False,
 ) -> list[LayerReport]:
     """Rewrite every linear of `model` in place, and say what was done to each.
 
-    overrides: another method by the name of a linear, or its end ("down_proj"), for the input group that it is in; None
-    leaves the group dense.
+    overrides: another method by the name of a linear, or a part of it ("down_proj", "mlp", "model.layers.0"), for the
+    input groups that have such a member; None leaves these dense. The longest name decides.
     lm_head: also round the output embedding to int8 (no method, no statistics; an input embedding that was tied to it
-    keeps its dense weight). Otherwise it stays dense.
+    keeps its dense weight). Otherwise it stays dense. An override of its name with int8 or None asks for the same.
     consume: drop each second moment of `stats` after its last use, which saves memory; `stats` are of no use then.
-    The converted model is used like the dense one: batches, padding, `generate()`.
+    The converted model is used like the dense one: batches, padding, `generate()`, `save_pretrained()`.
     Raises RankgateError if there is nothing to convert, if `method` needs statistics and has none, if they belong to
     another model, or if a rank does not fit; the model may then be partly converted.
     """
     if any(True for _ in converted_layers(model)):
         raise RankgateError("the model is converted already; start from the dense one")
-    others = dict(overrides or {})
-    used: dict[tuple[str, ...], GroupStats] = {}
-    for one in (method, *(other for other in others.values() if other is not None)):
-        used |= statistics_for(model, one, stats)
     modules = linears(model)
     if not modules:
         raise RankgateError(f"{type(model).__name__} has no linear layers that could be converted; it is left as it is")
     reports = {name: LayerReport(name, name, *shape(module), reason=NOT_CALLED) for name, module in modules.items()}
-    parts = assigned(list(used) or input_groups(model), method, others)
-    if unknown := [name for name in others if not any(matches(name, module) for module in modules)]:
-        raise RankgateError(f"{unknown[0]!r} is no linear of this model; name one, or the end of one")
-    for chosen, groups in parts:
-        if chosen is None:
-            for name in (name for members in groups for name in members):
-                reports[name] = dataclasses.replace(reports[name], reason=NOT_WANTED)
-            continue
-
-        def read(groups: list[tuple[str, ...]] = groups) -> Iterator[tuple[list[Linear], GroupStats | None]]:
-            for members in track(groups, "converting", enabled=progress):
-                layers, stats = [read_linear(name, modules[name]) for name in members], used.get(members)
-                yield layers, None if stats is None else stats.to(layers[0].W.device)
-
-        for members, rewrites in zip(groups, chosen.rewrite(read), strict=True):
-            for name, rewrite in zip(members, rewrites, strict=True):
-                if rewrite.module is not None:
-                    model.set_submodule(name, rewrite.module)
-                    del modules[name]  # the last reference to the dense weight, if nobody else has one
-                reports[name] = LayerReport(
-                    name, members[0], reports[name].m, reports[name].n, rewrite.rank, rewrite.kept, rewrite.reason
-                )
-            if consume and members in used:
-                used[members].C = torch.empty(0)
-        chosen.attach(model)
-    if lm_head:
-        head = convert_head_(model)
-        reports[head.name] = head
+    for name, (m, n, reason) in dense_weights(model).items():
+        reports[name] = LayerReport(name, name, m, n, reason=reason)
+    others, lm_head = _checked(overrides or {}, model, list(reports), lm_head)
+    used: dict[tuple[str, ...], GroupStats] = {}
+    for one in (method, *(other for other in others.values() if other is not None)):
+        used |= statistics_for(model, one, stats)
+    try:
+        for chosen, groups in assigned(list(used) or input_groups(model), method, others):
+            if chosen is None:
+                names = [name for members in groups for name in members]
+                reports |= {name: dataclasses.replace(reports[name], reason=NOT_WANTED) for name in names}
+            else:
+                done = _rewrite_(model, chosen, groups, modules, used, consume=consume, progress=progress)
+                reports |= {report.name: report for report in done}
+        if lm_head:
+            head = convert_head_(model)
+            reports[head.name] = head
+    finally:  # also of a model that is partly converted: what is saved of it can be loaded
+        for finish in finishers:
+            finish(model, method, others)
     return list(reports.values())
 
 
+def _rewrite_(
+    model: PreTrainedModel,
+    method: Method,
+    groups: list[tuple[str, ...]],
+    modules: dict[str, nn.Module],
+    used: dict[tuple[str, ...], GroupStats],
+    *,
+    consume: bool,
+    progress: bool,
+) -> list[LayerReport]:
+    """Let `method` rewrite the linears of `groups`, which it takes out of `modules`."""
+
+    def read() -> Iterator[tuple[list[Linear], GroupStats | None]]:
+        for members in track(groups, "converting", enabled=progress):
+            layers, stats = [read_linear(name, modules[name]) for name in members], used.get(members)
+            yield layers, None if stats is None else stats.to(layers[0].W.device)
+
+    reports = []
+    for members, rewrites in zip(groups, method.rewrite(read), strict=True):
+        for name, rewrite in zip(members, rewrites, strict=True):
+            m, n = shape(modules[name])
+            if rewrite.module is not None:
+                model.set_submodule(name, rewrite.module)
+                del modules[name]  # the last reference to the dense weight, if nobody else has one
+            reports.append(LayerReport(name, members[0], m, n, rewrite.rank, rewrite.kept, rewrite.reason))
+        if consume and members in used:
+            used[members].C = torch.empty(0)
+    method.attach(model)
+    return reports
+
+
+def _checked(others: Others, model: PreTrainedModel, names: list[str], lm_head: bool) -> tuple[Others, bool]:
+    """The overrides of linears, and whether the output embedding is to be rounded.
+
+    Raises RankgateError for a name that nothing has, and for a method that the output embedding does not take.
+    """
+    if unknown := [name for name in others if not any(matches(name, module) for module in names)]:
+        raise RankgateError(f"{unknown[0]!r} is no linear of this model; name one, or a part of its name")
+    output = model.get_output_embeddings()
+    head = [name for name, module in model.named_modules() if module is output]
+    own = override(others, head, Int8Config() if lm_head else None)
+    if own not in (None, Int8Config()):
+        raise RankgateError(f"the output embedding {head[0]} can be rounded to int8 only, or stay dense")
+    linear = {name for name in others if any(matches(name, module) for module in names if module not in head)}
+    return {name: other for name, other in others.items() if name in linear}, own is not None
+
+
+def override(others: Others, modules: Sequence[str], method: Method | None) -> Method | None:
+    """What `others` say of the first of `modules` that they name, by the longest name; `method` if they name none."""
+    named = [name for name in others if any(matches(name, module) for module in modules)]
+    return others[max(named, key=len)] if named else method
+
+
 def assigned(
-    groups: list[tuple[str, ...]], method: Method, others: Mapping[str, Method | None]
+    groups: list[tuple[str, ...]], method: Method, others: Others
 ) -> list[tuple[Method | None, list[tuple[str, ...]]]]:
     """The groups that each method is to rewrite."""
     parts: list[tuple[Method | None, list[tuple[str, ...]]]] = []
     for members in groups:
-        own = next((o for name, o in others.items() if any(matches(name, member) for member in members)), method)
+        own = override(others, members, method)
         part = next((part for chosen, part in parts if chosen is own), None)
         if part is None:
             parts.append((own, [members]))
@@ -120,8 +167,8 @@ def assigned(
 
 
 def matches(name: str, module: str) -> bool:
-    """Whether `name` is that of a module, or its end."""
-    return module == name or module.endswith(f".{name}")
+    """Whether `name` is that of a module, or a part of it: whole words between dots."""
+    return f".{name}." in f".{module}."
 
 
 def convert_head_(model: PreTrainedModel) -> LayerReport:

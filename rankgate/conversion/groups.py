@@ -1,4 +1,4 @@
-"""Which linears a model has, and which of them read the same input.
+"""Which linears a model has, which of them read the same input, and which other weights are read for every token.
 
 Nothing here knows a model by name. The linears are found by type, and the input groups by running the model once on
 a few token ids and looking at which modules are handed the very same tensor.
@@ -16,6 +16,10 @@ from rankgate.errors import RankgateError
 from rankgate.methods.given import Linear
 
 NOT_CALLED = "never called as a layer"
+ROUTER = "chooses or weighs experts; stays dense"
+HEAD = "the output embedding; lm_head rounds it"
+STACK = "several matrices in one parameter (experts); only linear layers are converted"
+NOT_LINEAR = "not a linear layer"
 
 
 def read_linear(name: str, module: nn.Module) -> Linear:
@@ -39,12 +43,12 @@ def shape(module: nn.Module) -> tuple[int, int]:
 
 
 def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every `nn.Linear` and `Conv1D` by name, without the output embedding (`lm_head`).
+    """Every `nn.Linear` and `Conv1D` by name that can be converted by a method: see `dense_weights` for what cannot.
 
     A subclass of `nn.Linear` counts where its own forward is the plain matrix product (Falcon's), and is left out where
     it is not.
     """
-    head = model.get_output_embeddings()
+    left_out = {model.get_output_embeddings(), *_routers(model)}
     plain: dict[type[nn.Module], bool] = {nn.Linear: True}  # by class
 
     def is_linear(module: nn.Module) -> bool:
@@ -52,7 +56,49 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
             plain[type(module)] = _multiplies(module)
         return isinstance(module, Conv1D) or plain.get(type(module), False)
 
-    return {name: module for name, module in model.named_modules() if module is not head and is_linear(module)}
+    return {name: module for name, module in model.named_modules() if module not in left_out and is_linear(module)}
+
+
+def dense_weights(model: PreTrainedModel) -> dict[str, tuple[int, int, str]]:
+    """What else is read for every token: m, n and why it stays dense, by name of the parameter or linear.
+
+    That is the output embedding, what chooses experts, and every other parameter of two or more dimensions (m: all but
+    the last). Embeddings, of which a token reads one row, and vectors are not among them.
+    """
+    head, routers = model.get_output_embeddings(), _routers(model)
+    converted = {*linears(model).values()}
+    found = {}
+    for name, module in model.named_modules():
+        if (module is head or module in routers) and isinstance(getattr(module, "weight", None), Tensor):
+            found[name] = *shape(module), HEAD if module is head else ROUTER
+        elif not isinstance(module, nn.Embedding) and module not in converted:
+            for leaf, weight in module.named_parameters(name, recurse=False):
+                if weight.dim() > 1:
+                    n = weight.shape[-1]
+                    found[leaf] = weight.numel() // n, n, STACK if _stack(module) else NOT_LINEAR
+    return found
+
+
+def _stack(module: nn.Module) -> int:
+    """How many matrices a module holds in one parameter (experts); 0 if in none."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return 0
+    return max((len(p) for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) > 1), default=0)
+
+
+def _routers(model: PreTrainedModel) -> set[nn.Module]:
+    """Linears beside experts that have an output for each of them, or one for all: what decides on them.
+
+    Those inside a module count where it has no others: a router of its own, not attention that lies beside experts.
+    """
+    found: set[nn.Module] = set()
+    for block in model.modules():
+        sizes = {1, *(_stack(child) for child in block.children())} - {0}
+        for child in block.children() if len(sizes) > 1 else ():
+            inside = [module for module in child.modules() if isinstance(module, nn.Linear)]
+            if all(module.out_features in sizes for module in inside):
+                found.update(inside)
+    return found
 
 
 def _multiplies(module: nn.Linear) -> bool:

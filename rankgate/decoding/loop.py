@@ -61,6 +61,7 @@ def decode(
         raise RankgateError(f"the fast loop has no {mode.value}: call generate() without custom_generate")
     if streamer is not None and method != "_sample":
         raise RankgateError("a streamer cannot follow several beams: leave out streamer, or num_beams")
+    forget_longest_(model)
     reason = unsupported(model, input_ids, generation_config, model_kwargs)
     if method != "_sample" or synced_gpus or reason is not None:
         if reason is not None:
@@ -92,6 +93,21 @@ def decode(
     if streamer is not None:
         streamer.end()
     return input_ids
+
+
+def forget_longest_(model: PreTrainedModel) -> None:
+    """Let rotary embeddings that scale with the longest text so far (dynamic NTK) begin anew.
+
+    They keep that length from one call of the model to the next, so that an answer would depend on those before it.
+    """
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            first = getattr(module, "original_max_seq_len", None)
+            if first is not None and getattr(module, name) != first:
+                frequencies: Any = getattr(module, f"{prefix}original_inv_freq")
+                setattr(module, name, first)
+                setattr(module, f"{prefix}inv_freq", frequencies.to(model.device))
 
 
 def _loop(

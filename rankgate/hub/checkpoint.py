@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rankgate.conversion.convert import LayerReport
+from rankgate.conversion.convert import LayerReport, Others, finishers
 from rankgate.errors import RankgateError
 from rankgate.hub.config import FORMAT, NAME, RankgateConfig, build
 from rankgate.hub.layout import describe, tie
@@ -52,7 +52,6 @@ class Checkpoint:
     def save(self, directory: Path) -> None:
         """Write the model into `directory`, which is made. Wrap it in `files.atomic_path` to get all or nothing."""
         directory.mkdir()
-        mark_converted(self.model, self.method)
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         if self.provenance is None:
@@ -64,14 +63,18 @@ class Checkpoint:
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def mark_converted(model: PreTrainedModel, method: Method) -> None:
-    """Let `save_pretrained` know that `model` was converted with `method`, as if that had been done on loading."""
-    settings = method.record()
-    config = RankgateConfig(settings, modules=describe(model))
+def mark_converted(model: PreTrainedModel, method: Method, others: Others) -> None:
+    """Let `save_pretrained` know that `model` was converted, as if that had been done on loading."""
+    overrides = {name: other.record() for name, other in others.items() if other is not None}
+    dense = [name for name, other in others.items() if other is None]
+    config = RankgateConfig(method.record(), modules=describe(model), overrides=overrides, modules_to_not_convert=dense)
     model.hf_quantizer = RankgateQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.config.quantization_config = config
     model.quantization_method = NAME  # type: ignore[assignment]
     tie(model)
+
+
+finishers.append(mark_converted)
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -26,8 +26,9 @@ class RankgateConfig(QuantizationConfigMixin):
     """How to convert a model while it is loaded, or how a stored one was converted.
 
     method: name of a method, whose settings are the further arguments: RankgateConfig("gsi", rank=256, eps=0.05).
-    modules_to_not_convert: names of linears, or their ends ("down_proj"), that stay dense; with them their input group.
-    overrides: method and settings by such names: {"down_proj": {"name": "int8"}}.
+    modules_to_not_convert: names of linears, or parts of them ("down_proj", "model.layers.0"), that stay dense; with
+    them their input group. overrides: method and settings by such names: {"down_proj": {"name": "int8"}}; the output
+    embedding, which stays dense, takes int8 in this way.
     calibration_text, calibration_tokens, context: see `rankgate convert`. windows: token ids (count × length) to
     calibrate on, instead of a text; for a model that has no tokenizer beside it.
     Raises RankgateError for settings that a method does not have.
@@ -64,6 +65,11 @@ class RankgateConfig(QuantizationConfigMixin):
     def build(self) -> Method:
         """The method itself."""
         return build(self.method)
+
+    def others(self) -> dict[str, Method | None]:
+        """What `convert_` takes as overrides."""
+        dense = dict.fromkeys(self.modules_to_not_convert)
+        return {**dense, **{name: build(settings) for name, settings in self.overrides.items()}}
 
     def to_dict(self) -> dict[str, Any]:
         """Without the calibration windows, which are not kept."""

@@ -12,11 +12,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from rankgate.conversion.calibration import calibrate
 from rankgate.conversion.convert import Converted, LayerReport, convert_, converted_layers
 from rankgate.core import GatedGroup, GroupedLinear
-from rankgate.errors import RankgateError
-from rankgate.hub.config import RankgateConfig, build
-from rankgate.hub.layout import describe, tie
+from rankgate.errors import RankgateError, listed
+from rankgate.hub.config import RankgateConfig
+from rankgate.hub.layout import describe
 from rankgate.hub.texts import text_windows
-from rankgate.methods import Method
 from rankgate.quantized import QuantizedGroup, QuantizedHead
 
 CACHE_LINE = 64  # bytes
@@ -24,9 +23,7 @@ CACHE_LINE = 64  # bytes
 
 def convert_loaded_(model: PreTrainedModel, config: RankgateConfig) -> list[LayerReport]:
     """Convert a dense model that was just loaded; `config` then says what it is made of."""
-    dense = dict.fromkeys(config.modules_to_not_convert)
-    others: dict[str, Method | None] = {**dense, **{name: build(s) for name, s in config.overrides.items()}}
-    method = config.build()
+    method, others = config.build(), config.others()
     used = [method, *(other for other in others.values() if other is not None)]
     stats = None
     if any(m.needs_stats for m in used):
@@ -34,8 +31,29 @@ def convert_loaded_(model: PreTrainedModel, config: RankgateConfig) -> list[Laye
         stats = calibrate(model, windows, sensitivity=any(m.needs_sensitivity for m in used))
     layers = convert_(model, method, stats, overrides=others)
     config.modules = describe(model)
-    tie(model)
+    model.config.quantization_config = config
     return layers
+
+
+def refuse_missing_(model: PreTrainedModel, *, converted: bool) -> None:
+    """Let loading fail where a checkpoint lacks weights, instead of filling in random ones.
+
+    A new head on a known body (another class than the checkpoint's) is left to whoever wants to train it. Tells what is
+    missing by RankgateError.
+    """
+    name = "_adjust_missing_and_unexpected_keys"  # where loading knows what is missing, and nobody has read the model
+
+    def check(info: Any) -> None:
+        del vars(model)[name]
+        getattr(model, name)(info)
+        names = sorted(map(str, {*info.missing_keys, *(key for key, *_ in info.mismatched_keys)}))
+        if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
+            names = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+        if names:
+            damage = "is damaged, convert it again: it lacks" if converted else "lacks"
+            raise RankgateError(f"{model.name_or_path} {damage} weights, which would be random: {listed(names)}")
+
+    vars(model)[name] = check
 
 
 def _windows(model: PreTrainedModel, config: RankgateConfig) -> Tensor:

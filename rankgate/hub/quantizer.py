@@ -52,6 +52,9 @@ class RankgateQuantizer(HfQuantizer):
         return {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from rankgate.hub.loading import refuse_missing_
+
+        refuse_missing_(model, converted=self.pre_quantized)
         if self.pre_quantized:
             import torch
 
@@ -70,12 +73,18 @@ class RankgateQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from rankgate.hub.loading import align_, convert_loaded_, freeze_
 
+        places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise RankgateError("converted weights cannot be offloaded; give a device_map of one device, or none")
         model.is_quantized = False  # type: ignore[assignment]  # what forbids casts, which leave codes alone here
         align_(model)
         if self.pre_quantized:
             self._check_shapes(model)
             freeze_(model)
-            self.quantization_config.build().attach(model)
+            config = self.quantization_config
+            for method in (config.build(), *config.others().values()):
+                if method is not None:
+                    method.attach(model)
         else:
             convert_loaded_(model, self.quantization_config)
         return model

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgate.common.files import atomic_path
-from rankgate.errors import RankgateError
+from rankgate.errors import RankgateError, listed
 from rankgate.hub import remote
 
 DEFAULT = "smollm2-135m"
@@ -101,8 +101,8 @@ def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RankgateError(f"cannot load {source.name}: {reason}") from error
     if missing := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
-        names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise RankgateError(f"{source.name} lacks weights, which would be random: {names}; fetch the whole model again")
+        what = f"lacks weights, which would be random: {listed(missing)}"
+        raise RankgateError(f"{source.name} {what}; fetch the whole model again")
     if source.gguf is not None:  # the weights are plain floats now; what quantisation a file had is history
         for thing, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
             vars(thing).pop(name, None)

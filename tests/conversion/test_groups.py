@@ -1,9 +1,13 @@
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from rankgate.conversion.groups import input_groups, linears, read_linear
+from rankgate import Int8Config, convert_
+from rankgate.conversion.convert import converted_layers
+from rankgate.conversion.groups import HEAD, STACK, input_groups, linears, read_linear
 
 GROUPS = {  # of the first block, by the last part of the names
     "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
@@ -52,3 +56,39 @@ def test_a_subclass_counts_if_it_multiplies():
     model = tiny_model("gpt2")
     model.transformer.same, model.transformer.other = Same(3, 4), Other(3, 4)
     assert "transformer.same" in linears(model) and "transformer.other" not in linears(model)
+
+
+MIXTURES = {
+    "MixtralConfig": {"num_local_experts": 4},
+    "Qwen2MoeConfig": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    "GptOssConfig": {"num_local_experts": 4, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_every_weight_that_a_token_reads_is_reported(kind):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes, **heads, **MIXTURES[kind])).eval()
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1) - model.get_input_embeddings().weight.numel()
+    reports = convert_(model, Int8Config())
+    assert sum(report.m * report.n for report in reports) == matrices
+    reasons = {report.name: report.reason for report in reports if report.reason}
+    assert reasons["lm_head"] == HEAD and STACK in reasons.values()
+    for name, _ in converted_layers(model):
+        assert not name.endswith(("gate", "router"))  # of experts
+
+
+def test_what_lies_beside_experts_and_chooses_none_is_a_linear():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 8, 8))
+
+    block = tiny_model("llama")
+    block.model.layers[0].experts = Experts()
+    block.model.layers[0].router = nn.Sequential(nn.Linear(8, 4), nn.Tanh())
+    block.model.layers[0].scale = nn.Linear(8, 1)
+    block.model.layers[0].other = nn.Linear(8, 8)
+    found = {name.partition("layers.0.")[2] for name in linears(block)}
+    assert {"other", "self_attn.q_proj"} < found and not {"router.0", "scale"} & found

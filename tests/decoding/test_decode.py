@@ -301,3 +301,13 @@ def test_threads_and_gradients_are_as_before():
     ids = both(model, tokens(1, 6))[1]
     assert not ids.is_inference()
     model.requires_grad_(True)(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_answers_do_not_depend_on_longer_ones_before():
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_model("llama", max_position_embeddings=16, rope_parameters=scaling)
+    states = []
+    for length in (20, 40, 20):
+        fast_generate(model, tokens(1, length), max_new_tokens=2, do_sample=False)
+        states.append(int(model.model.rotary_emb.max_seq_len_cached))
+    assert states == [21, 41, 21]

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model, tokens
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from rankgate import RankgateConfig, RankgateError, convert_
-from rankgate.conversion.convert import converted_layers
+from rankgate import RankgateConfig, RankgateError, calibrate, convert_
+from rankgate.conversion.convert import converted_layers, shared_part
 from rankgate.hub.loading import dequantize_
 from rankgate.methods import METHODS
 
@@ -111,7 +112,7 @@ def test_a_rounded_output_embedding_stays_rounded_when_dequantized(architecture,
     model = tiny_model(architecture)
     convert_(model, METHODS["int8"](), lm_head=True)
     before = logits(model)
-    dequantize_(model)
+    model.dequantize()
     assert torch.allclose(logits(model), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
@@ -147,3 +148,85 @@ def test_without_windows_or_tokenizer_there_is_nothing_to_calibrate_on(tmp_path)
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(RankgateError, match="windows="):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=RankgateConfig("lrq"))
+
+
+HOW = {
+    "int8": (METHODS["int8"](), {}),
+    "svd": (METHODS["svd"](rank=0.5, allow_larger=True), {}),
+    "gsi": (METHODS["gsi"](rank=0.25, eps=0.3), {}),
+    "a context basis": (METHODS["gsi"](rank=0.25, eps=0.3, basis="context", allow_larger=True), {}),
+    "int8 and the head": (METHODS["int8"](), {"lm_head": True}),
+    "overrides": (
+        METHODS["int8"](),
+        {
+            "overrides": {
+                "mlp": None,
+                "mlp.down_proj": METHODS["int4"](),
+                "layers.1.self_attn": METHODS["gsi"](rank=0.5, eps=0.3, basis="context", allow_larger=True),
+                "lm_head": METHODS["int8"](),
+            }
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("way", HOW)
+def test_what_is_converted_in_memory_can_be_saved(way, tmp_path):
+    model, (method, options) = tiny_model("llama"), HOW[way]
+    stats = calibrate(model, tokens(16, 32, seed=1)) if method.needs_stats else None
+    convert_(model, method, stats, **options)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [name for name, _ in converted_layers(again)] == [name for name, _ in converted_layers(model)]
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_parts_of_names_and_the_longest_one_decides():
+    model, (method, options) = tiny_model("llama"), HOW["overrides"]
+    reports = {report.name: report for report in convert_(model, method, **options)}
+    assert reports["model.layers.0.mlp.gate_proj"].reason and not reports["model.layers.0.mlp.down_proj"].reason
+    kinds = {name: type(shared_part(layer)).__name__ for name, layer in converted_layers(model)}
+    assert kinds["model.layers.1.self_attn.q_proj"] == "ContextBasis"
+    assert kinds["model.layers.0.self_attn.q_proj"] == kinds["lm_head"] == "QuantizedGroup"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [({"lm_head": METHODS["int4"]()}, "int8 only"), ({"no_proj": None}, "'no_proj' is no linear")],
+)
+def test_overrides_that_cannot_be(overrides, message):
+    with pytest.raises(RankgateError, match=message):
+        convert_(tiny_model("llama"), METHODS["int8"](), overrides=overrides)
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
+@pytest.mark.parametrize("stored", ["dense", "out"])
+def test_lost_weights_are_named_and_not_made_up(stored, lost, tmp_path):
+    opened(tmp_path, method="int8").save_pretrained(tmp_path / "out")
+    file = tmp_path / stored / "model.safetensors"
+    tensors = load_file(file)
+    dropped = [name for name in tensors if name.startswith(lost.removesuffix(".weight"))]
+    save_file({name: tensor for name, tensor in tensors.items() if name not in dropped}, file, {"format": "pt"})
+    config = {"quantization_config": RankgateConfig("int8")} if stored == "dense" else {}
+    with pytest.raises(RankgateError, match=f"lacks weights, which would be random: {min(dropped)}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / stored, **config)
+
+
+def test_a_new_head_may_be_random_and_is_not_converted(tmp_path):
+    model = opened(tmp_path, method="int8")
+    model.save_pretrained(tmp_path / "out")
+    for folder, config in (("out", {}), ("dense", {"quantization_config": RankgateConfig("int8")})):
+        new = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder, num_labels=3, **config)
+        names = [name for name, _ in converted_layers(new)]
+        assert len(names) == 14 and "score" not in names
+
+
+def test_what_is_offloaded_is_refused(tmp_path):
+    opened(tmp_path, method="int8").save_pretrained(tmp_path / "out")
+    layers = {f"model.layers.{i}": place for i, place in enumerate(("cpu", "disk"))}
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **layers}
+    for folder, config in (("out", {}), ("dense", {"quantization_config": RankgateConfig("int8")})):
+        with pytest.raises(RankgateError, match="offload"):
+            AutoModelForCausalLM.from_pretrained(
+                tmp_path / folder, device_map=places, offload_folder=tmp_path / "spilled", **config
+            )

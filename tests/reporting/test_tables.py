@@ -28,7 +28,7 @@ def test_rows_say_what_was_measured(records):
     assert gsi["method"] == "gsi k=8 eps=0" and gsi["text"] == "held-out" and gsi["fire rate"] == "100.0%"
     assert float(gsi["reads / dense"]) > 1 and gsi["ppl ratio"] == "1.0000" and gsi["same text"] == "-"
     assert asvd["method"] == "asvd k=0.25·min(m,n)" and asvd["text"] == "in-sample" and asvd["fire rate"] == "-"
-    assert asvd["layers"] == "14 of 14"
+    assert asvd["layers"] == "14 of 15"
 
 
 def test_the_verdict_counts_only_held_out_rows_within_the_loss(records):
