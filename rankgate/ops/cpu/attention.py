@@ -10,42 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray
 from torch import Tensor
 
 from rankgate.ops.attention import attend_reference
-
-# sums in any order, but a value that is not finite stays one
-FAST: dict[str, Any] = {
-    "cache": True,
-    "nogil": True,
-    "error_model": "numpy",
-    "fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"},
-}
+from rankgate.ops.cpu.compile import jit
+from rankgate.ops.cpu.vector import float_pointer, half_pointer, integer_pointer
 
 
-def _pointer_to(kind: Any) -> Any:
-    @intrinsic
-    def pointer(_: Any, address: Any) -> Any:
-        """The integer address as a pointer."""
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(address), codegen
-
-    return pointer
-
-
-float_pointer, _halves, _integers = (_pointer_to(kind) for kind in (types.float32, types.uint16, types.int64))
-
-
-@njit(inline="always", **FAST)
+@jit(inline="always")
 def _widen(address: int, rows: int, width: int, half: bool, row: int, out: Any) -> None:
     """Row `row` of a (rows × width) array of bfloat16 (`half`) or float32, as float32."""
     if half:
-        source, words = carray(_halves(address), (rows, width)), out.view(np.uint32)
+        source, words = carray(half_pointer(address), (rows, width)), out.view(np.uint32)
         for i in range(width):
             words[i] = np.uint32(source[row, i]) << np.uint32(16)
     else:
@@ -54,16 +31,16 @@ def _widen(address: int, rows: int, width: int, half: bool, row: int, out: Any) 
             out[i] = source32[row, i]
 
 
-@njit(**FAST)
+@jit
 def _store(address: int, rows: int, width: int, half: bool, row: int, new: int, new_row: int) -> None:
     """Row `new_row` of the array at `new`, of the same type, into row `row`."""
     if half:
-        carray(_halves(address), (rows, width))[row] = carray(_halves(new), (new_row + 1, width))[new_row]
+        carray(half_pointer(address), (rows, width))[row] = carray(half_pointer(new), (new_row + 1, width))[new_row]
     else:
         carray(float_pointer(address), (rows, width))[row] = carray(float_pointer(new), (new_row + 1, width))[new_row]
 
 
-@njit(**FAST)
+@jit
 def _attend(
     q: int,
     k: int,
@@ -81,7 +58,7 @@ def _attend(
     scale: float,
 ) -> None:
     """All pointers are addresses; q (heads × width) and out (heads × value_width) are float32."""
-    last = carray(_integers(position), 1)[0]
+    last = carray(integer_pointer(position), 1)[0]
     queries, outputs = carray(float_pointer(q), (heads, width)), carray(float_pointer(out), (heads, value_width))
     share = heads // groups
     scores = np.empty((share, last + 1), np.float32)

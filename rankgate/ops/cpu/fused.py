@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 from torch import Tensor, fx
 
-from rankgate.ops.cpu.attention import FAST, float_pointer
+from rankgate.ops.cpu.compile import jit
+from rankgate.ops.cpu.vector import float_pointer
 
 aten = torch.ops.aten
 END = 2**63 - 1
@@ -41,7 +42,7 @@ def rotary_definition(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
     return y
 
 
-@njit(**FAST)
+@jit
 def _norm(x: int, weight: int, out: int, rows: int, width: int, eps: float) -> None:
     source, target = carray(float_pointer(x), (rows, width)), carray(float_pointer(out), (rows, width))
     factors = carray(float_pointer(weight), width)
@@ -54,7 +55,7 @@ def _norm(x: int, weight: int, out: int, rows: int, width: int, eps: float) -> N
             target[r, i] = factors[i] * (source[r, i] * scale)
 
 
-@njit(**FAST)
+@jit
 def _rotary(x: int, cos: int, sin: int, out: int, rows: int, half: int) -> None:
     source, target = carray(float_pointer(x), (rows, 2 * half)), carray(float_pointer(out), (rows, 2 * half))
     c, s = carray(float_pointer(cos), 2 * half), carray(float_pointer(sin), 2 * half)

@@ -1,8 +1,8 @@
 """One token on the CPU: the matrix-vector product of a quantised input group, straight from its packed bytes.
 
 At batch 1 a layer costs what its bytes cost to read, so codes are unpacked in registers and never stored. A whole
-group (q/k/v, gate/up) is one parallel region: x in 16 bits, z = B x and the list of open channels are small and come
-first, then each thread takes chunks of 64 rows and does for them Q x, A z and the open columns of the refinement plane.
+group (q/k/v, gate/up) is one program (`team`): x in 16 bits, z = B x and the list of open channels are small and come
+first, then threads take chunks of 64 rows and do for them Q x, A z and the open columns of the refinement plane.
 Channels whose gate is closed are not read.
 
 The result is `QuantizedGroup.reference` but for float32 rounding and the 16-bit x: in each block of 64 inputs x is
@@ -14,20 +14,26 @@ Numba compiles at the first call, some seconds, and keeps the result on disk.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import carray
 from torch import Tensor
 
+from rankgate.ops.cpu import team
+from rankgate.ops.cpu.compile import Kernel, jit
 from rankgate.ops.cpu.vector import (
     GROUP,
     LANES,
     add_columns,
+    byte_pointer,
     column_order,
     dot_bytes,
+    float_pointer,
+    int_pointer,
+    integer_pointer,
     prefetch_columns,
     read_bfloat16,
     read_float,
@@ -39,18 +45,21 @@ from rankgate.ops.cpu.vector import (
     row_dot_nibbles,
     row_dot_nibbles_zero,
     row_order,
+    short_pointer,
     write_float,
+    write_int64,
 )
 from rankgate.quantized import NIBBLE_ZERO, table_of
 
 # words of `quantized.table_of`
 M, N, BITS, RANK, CODES, SCALE, ZERO, A, B, COMPONENT, PLANE, ROW, COLUMN, THRESHOLD = range(14)
 ROW_ORDER, COLUMN_ORDER = np.array(row_order()), np.array(column_order())
+MOST_PARTS = 256  # chunks of an unpacked matrix
 LARGEST = np.float32(32767)
 EXPONENT = np.int32(0x7F800000)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _is_finite(x: int, n: int) -> bool:
     """Whether the exponent of no float32 at `x` is all ones: arithmetic below assumes it and would hide a NaN."""
     found = np.int32(0)
@@ -59,7 +68,7 @@ def _is_finite(x: int, n: int) -> bool:
     return found == 0
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@jit
 def _round_blocks(table: int, x: int, codes: Any, scale: Any, shifts: Any) -> None:
     """X as 16-bit codes with a scale per block, and per block what `row_dot` adds to Σ q x for the zero."""
     n, bits, zero = read_int64(table, 8 * N), read_int64(table, 8 * BITS), read_int64(table, 8 * ZERO)
@@ -81,7 +90,7 @@ def _round_blocks(table: int, x: int, codes: Any, scale: Any, shifts: Any) -> No
         shifts[g] = -total if zero else -8 * total if bits == 4 else 0
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@jit
 def _project(table: int, x: int, z: Any) -> None:
     """Z = s B x."""
     n, factor, component = read_int64(table, 8 * N), read_int64(table, 8 * B), read_int64(table, 8 * COMPONENT)
@@ -92,7 +101,7 @@ def _project(table: int, x: int, z: Any) -> None:
         z[c] = total * read_float(component, 4 * c)
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@jit
 def _open_channels(table: int, x: int, channels: Any, coefficients: Any) -> int:
     """The channels whose gate is open, what each column is multiplied with, and how many there are."""
     threshold, column = read_int64(table, 8 * THRESHOLD), read_int64(table, 8 * COLUMN)
@@ -106,7 +115,7 @@ def _open_channels(table: int, x: int, channels: Any, coefficients: Any) -> int:
     return count
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@jit
 def _base_row(table: int, r: int, x: int, x_scale: int, shifts: int, blocks: int) -> float:
     """Row r of Q x."""
     codes, scale, zero = read_int64(table, 8 * CODES), read_int64(table, 8 * SCALE), read_int64(table, 8 * ZERO)
@@ -120,7 +129,7 @@ def _base_row(table: int, r: int, x: int, x_scale: int, shifts: int, blocks: int
     return row_dot_bytes(codes + 64 * i, scale + 2 * i, zero, x, x_scale, shifts, blocks)
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@jit
 def _columns_of(table: int, chunk: int) -> tuple[int, int]:
     """Where the 64 rows from `chunk` on begin in column 0 of the refinement plane, and the bytes to the next column."""
     m, n = read_int64(table, 8 * M), read_int64(table, 8 * N)
@@ -129,16 +138,16 @@ def _columns_of(table: int, chunk: int) -> tuple[int, int]:
     return address, GROUP if strip < pairs else GROUP // 2
 
 
-@njit(cache=True, fastmath=True, nogil=True)
-def _refine(table: int, chunk: int, stop: int, channels: Any, coefficients: Any, count: int, y: int) -> None:
+@jit
+def _refine(table: int, chunk: int, stop: int, channels: int, coefficients: int, count: int, y: int) -> None:
     """Add the open columns to the 64 rows that start at `chunk`."""
     row = read_int64(table, 8 * ROW)
     total = np.float32(0)
     for k in range(count):
-        total += coefficients[k]
+        total += read_float(coefficients, 4 * k)
     sums = np.empty(GROUP, np.float32)
     address, stride = _columns_of(table, chunk)
-    add_columns(address, stride, channels.ctypes.data, coefficients.ctypes.data, count, sums.ctypes.data)
+    add_columns(address, stride, channels, coefficients, count, sums.ctypes.data)
     for i in range(GROUP):
         r = chunk + COLUMN_ORDER[i]
         if r < stop:
@@ -146,61 +155,74 @@ def _refine(table: int, chunk: int, stop: int, channels: Any, coefficients: Any,
             write_float(y, 4 * r, read_float(y, 4 * r) + refined)
 
 
-@njit(cache=True, fastmath=True, nogil=True, parallel=True)
-def _gemv(table: int, x: int, y: int, threads: int) -> None:
+@Kernel
+def _prepare(arguments: int, _: int) -> None:
+    """What all chunks share: x in 16 bits, z = B x and the open channels. For the arguments see `gemv`."""
+    table, x = read_int64(arguments, 0), read_int64(arguments, 8)
+    n, rank = read_int64(table, 8 * N), read_int64(table, 8 * RANK)
+    blocks = (n + GROUP - 1) // GROUP
+    finite = _is_finite(x, n)
+    count = 0
+    if finite:
+        codes = carray(short_pointer(read_int64(arguments, 24)), blocks * GROUP)
+        scale = carray(float_pointer(read_int64(arguments, 32)), blocks)
+        shifts = carray(int_pointer(read_int64(arguments, 40)), blocks)
+        _round_blocks(table, x, codes, scale, shifts)
+        _project(table, x, carray(float_pointer(read_int64(arguments, 48)), rank))
+        if read_int64(table, 8 * PLANE):
+            channels = carray(integer_pointer(read_int64(arguments, 56)), n)
+            count = _open_channels(table, x, channels, carray(float_pointer(read_int64(arguments, 64)), n))
+    write_int64(arguments, 72, count if finite else -1)
+
+
+@Kernel
+def _multiply(arguments: int, chunk: int) -> None:
+    """64 rows of y. For the arguments see `gemv`."""
+    table, y, codes = read_int64(arguments, 0), read_int64(arguments, 16), read_int64(arguments, 24)
+    scale, shifts, z = read_int64(arguments, 32), read_int64(arguments, 40), read_int64(arguments, 48)
+    channels, coefficients = read_int64(arguments, 56), read_int64(arguments, 64)
+    count = read_int64(arguments, 72)
     m, n = read_int64(table, 8 * M), read_int64(table, 8 * N)
     rank, factor = read_int64(table, 8 * RANK), read_int64(table, 8 * A)
-    if not _is_finite(x, n):
-        for r in range(m):
+    blocks = (n + GROUP - 1) // GROUP
+    start, stop = chunk * GROUP, min(chunk * GROUP + GROUP, m)
+    if count < 0:
+        for r in range(start, stop):
             write_float(y, 4 * r, np.float32(np.nan))
         return
-    blocks = (n + GROUP - 1) // GROUP
-    codes, shifts, scale = np.empty(blocks * GROUP, np.int16), np.empty(blocks, np.int32), np.empty(blocks, np.float32)
-    _round_blocks(table, x, codes, scale, shifts)
-    z = np.empty(rank, np.float32)
-    _project(table, x, z)
-    count = 0
-    channels, coefficients = np.empty(n, np.int64), np.empty(n, np.float32)
-    if read_int64(table, 8 * PLANE):
-        count = _open_channels(table, x, channels, coefficients)
-    chunks = (m + GROUP - 1) // GROUP
-    for t in prange(threads):
-        stop = min(chunks * (t + 1) // threads * GROUP, m)
-        for chunk in range(chunks * t // threads * GROUP, stop, GROUP):
-            if count:
-                address, stride = _columns_of(table, chunk)
-                prefetch_columns(address, stride, channels.ctypes.data, count)
-            for r in range(chunk, min(chunk + GROUP, stop)):
-                value = _base_row(table, r, codes.ctypes.data, scale.ctypes.data, shifts.ctypes.data, blocks)
-                value += dot_bytes(factor + r * rank, z.ctypes.data, rank // LANES)
-                for c in range(rank // LANES * LANES, rank):
-                    value += read_int8(factor, r * rank + c) * z[c]
-                write_float(y, 4 * r, value)
-            if count:
-                _refine(table, chunk, stop, channels, coefficients, count, y)
+    if count:
+        address, stride = _columns_of(table, start)
+        prefetch_columns(address, stride, channels, count)
+    for r in range(start, stop):
+        value = _base_row(table, r, codes, scale, shifts, blocks)
+        value += dot_bytes(factor + r * rank, z, rank // LANES)
+        for c in range(rank // LANES * LANES, rank):
+            value += read_int8(factor, r * rank + c) * read_float(z, 4 * c)
+        write_float(y, 4 * r, value)
+    if count:
+        _refine(table, start, stop, channels, coefficients, count, y)
 
 
-@njit(cache=True, fastmath=True, nogil=True, parallel=True)
-def _dequantize(codes: Any, scale: Any, zero: Any, out: Any) -> None:
-    """out (m, padded n) from codes (m, ·), scale (m, blocks) as the int16 bits of bfloat16 and zero (m, blocks)."""
-    m, blocks = scale.shape
-    half = GROUP // 2
-    nibbles = codes.shape[1] == blocks * half
-    for r in prange(m):
-        for g in range(blocks):
-            s = read_bfloat16(scale.ctypes.data, 2 * (r * blocks + g))
-            shift = -s * np.float32(zero[r, g])
-            block = out[r, g * GROUP : (g + 1) * GROUP]
-            if nibbles:
-                packed = codes[r, g * half : (g + 1) * half]
-                for i in range(half):
-                    block[i] = s * np.float32(np.int32(packed[i]) & 15) + shift
-                for i in range(half):
-                    block[half + i] = s * np.float32((np.int32(packed[i]) >> 4) & 15) + shift
-            else:
-                packed = codes[r, g * GROUP : (g + 1) * GROUP]
-                for i in range(GROUP):
-                    block[i] = s * np.float32(packed[i]) + shift
+@Kernel
+def _dequantize(arguments: int, chunk: int) -> None:
+    """A chunk of rows of Q. Arguments: m, blocks, bits, rows of a chunk; addresses of codes, scale, zero and Q."""
+    m, blocks, bits = read_int64(arguments, 0), read_int64(arguments, 8), read_int64(arguments, 16)
+    rows, half = read_int64(arguments, 24), GROUP // 2
+    width = half if bits == 4 else GROUP
+    codes = carray(byte_pointer(read_int64(arguments, 32)), (m * blocks, width))
+    scale, zero = read_int64(arguments, 40), carray(byte_pointer(read_int64(arguments, 48)), m * blocks)
+    out = carray(float_pointer(read_int64(arguments, 56)), (m * blocks, GROUP))
+    for i in range(chunk * rows * blocks, min((chunk + 1) * rows, m) * blocks):
+        s = read_bfloat16(scale, 2 * i)
+        shift = -s * np.float32(zero[i])
+        if bits == 4:
+            for j in range(half):
+                out[i, j] = s * np.float32(np.int32(codes[i, j]) & 15) + shift
+            for j in range(half):
+                out[i, half + j] = s * np.float32((np.int32(codes[i, j]) >> 4) & 15) + shift
+        else:
+            for j in range(GROUP):
+                out[i, j] = s * np.float32(codes[i, j]) + shift
 
 
 def unpack(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int) -> Tensor:
@@ -209,18 +231,31 @@ def unpack(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int) -> Tensor:
     if zero is None:
         zero = torch.full(scale.shape, NIBBLE_ZERO if bits == 4 else 0, dtype=torch.int8)
     out = torch.empty(m, blocks * GROUP)
-    halves = scale.detach().view(torch.int16)
-    _dequantize(codes.detach().numpy(), halves.numpy(), zero.detach().numpy(), out.numpy())
+    rows = -(-m // MOST_PARTS)
+    addresses = [t.data_ptr() for t in (codes.contiguous(), scale.contiguous(), zero.contiguous(), out)]
+    words = np.array([m, blocks, bits, rows, *addresses], np.int64)
+    team.run(np.array([team.row(_dequantize, words, -(-m // rows))], np.int64))
     return out[:, :n]
 
 
 def gemv(x: Tensor, table: int, m: int) -> Tensor:
-    """y (…, m) for each token of x (…, n); `table` is the address of a `table_of`."""
+    """y (…, m) for each token of x (…, n); `table` is the address of a `table_of`.
+
+    The arguments of both kernels: table, x, y; then what the first hands to the second: x as codes (int16), scales and
+    shifts, z, channels and coefficients, and how many channels are open, or -1 if x is not finite.
+    """
     wide = x.detach().float().contiguous()
     y = torch.empty((*x.shape[:-1], m))
-    source, target, n = wide.data_ptr(), y.data_ptr(), x.shape[-1]
+    n = x.shape[-1]
+    blocks = -(-n // GROUP)
+    rank = int(ctypes.c_int64.from_address(table + 8 * RANK).value)
+    scratch = np.empty(blocks * GROUP + blocks * 2 + rank + 3 * n + 8, np.int64)
+    starts = np.cumsum([0, blocks * GROUP, blocks, blocks, rank, n]) * 8 + scratch.ctypes.data
+    words = np.array([table, 0, 0, *starts, 0], np.int64)
+    program = np.array([team.row(_prepare, words, 1), team.row(_multiply, words, -(-m // GROUP))], np.int64)
     for token in range(x.numel() // n):
-        _gemv(table, source + 4 * n * token, target + 4 * m * token, numba.config.NUMBA_NUM_THREADS)
+        words[1], words[2] = wide.data_ptr() + 4 * n * token, y.data_ptr() + 4 * m * token
+        team.run(program)
     return y.to(x.dtype)
 
 

@@ -230,13 +230,36 @@ read_bfloat16 = _reader(types.float32, _bfloat16)
 read_int8 = _reader(types.float32, lambda b, address, offset: b.sitofp(_load(b, address, offset, BYTE), FLOAT))
 
 
-@intrinsic
-def write_float(_: Any, address: Any, offset: Any, value: Any) -> Any:
-    """Store a float32 at `address` + `offset` bytes."""
+def _writer(kind: Any) -> Any:
+    @intrinsic
+    def write(_: Any, address: Any, offset: Any, value: Any) -> Any:
+        """Store the value at `address` + `offset` bytes."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, offset, value = arguments
-        builder.store(value, builder.inttoptr(builder.add(address, offset), FLOAT.as_pointer()), align=1)
-        return context.get_dummy_value()
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, offset, value = arguments
+            builder.store(value, builder.inttoptr(builder.add(address, offset), value.type.as_pointer()), align=1)
+            return context.get_dummy_value()
 
-    return types.void(address, offset, types.float32), codegen
+        return types.void(address, offset, kind), codegen
+
+    return write
+
+
+write_float, write_int64 = _writer(types.float32), _writer(types.int64)
+
+
+def _pointer_to(kind: Any) -> Any:
+    @intrinsic
+    def pointer(_: Any, address: Any) -> Any:
+        """The integer address as a pointer."""
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(address), codegen
+
+    return pointer
+
+
+byte_pointer, short_pointer, half_pointer = (_pointer_to(kind) for kind in (types.int8, types.int16, types.uint16))
+int_pointer, integer_pointer, float_pointer = (_pointer_to(kind) for kind in (types.int32, types.int64, types.float32))

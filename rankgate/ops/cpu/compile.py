@@ -1,0 +1,99 @@
+"""How the functions of `ops.cpu` are compiled: by Numba, kept on disk where that is possible.
+
+`jit` makes a function that Python and other compiled functions call; it holds no lock of Python's. `Kernel` makes one
+that native code calls through its address, as a row of a program does (`team`). Both are compiled at first use, which
+takes seconds, and read from Numba's cache after that. Where no cache can be written (an installation and a home that
+are read-only, a disk that is full) they are compiled in every process, with one warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numba
+from numba import types
+
+# sums in any order, but a value that is not finite stays one
+FAST = frozenset({"reassoc", "contract", "nsz", "arcp", "afn"})
+_warned: list[str] = []
+
+
+def _warn(reason: object) -> None:
+    if not _warned:
+        _warned.append(str(reason))
+        warnings.warn(
+            f"kernels are compiled anew in every process, some seconds: Numba's cache is not writable ({reason}); "
+            "set NUMBA_CACHE_DIR to a directory that is",
+            stacklevel=3,
+        )
+
+
+class _Forgiving:
+    """A cache of Numba's that cannot be read or written is no reason to fail."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def load_overload(self, *arguments: Any) -> Any:
+        try:
+            return self.cache.load_overload(*arguments)
+        except OSError as error:
+            _warn(error)
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        try:
+            self.cache.save_overload(*arguments)
+        except OSError as error:
+            _warn(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+def jit(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """`numba.njit`, as all functions of this package are compiled: `@jit` or `@jit(inline="always")`."""
+    if function is None:
+        return lambda f: jit(f, **options)
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=set(FAST), **options)(function)
+    try:
+        compiled.enable_caching()
+    except (RuntimeError, OSError) as error:
+        _warn(error)
+    else:
+        compiled._cache = _Forgiving(compiled._cache)
+    return compiled
+
+
+class Kernel:
+    """A function of the address of its arguments, 64-bit words, and the number of a chunk of its work.
+
+    Other compiled functions call it by its address. Nothing can be raised in it.
+    """
+
+    def __init__(self, function: Callable[[int, int], None]) -> None:
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    @cached_property
+    def _compiled(self) -> Any:
+        compile_it = numba.cfunc
+        signature = types.void(types.int64, types.int64)
+        options = {"error_model": "numpy", "fastmath": set(FAST), "nopython": True}
+        try:
+            return compile_it(signature, cache=True, **options)(self.function)
+        except OSError as error:
+            _warn(error)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            _warn(error)
+        return compile_it(signature, **options)(self.function)
+
+    @cached_property
+    def address(self) -> int:
+        """Where its machine code begins."""
+        return int(self._compiled.address)

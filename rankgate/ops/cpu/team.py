@@ -1,0 +1,245 @@
+"""The threads of `ops.cpu`, and how they share work: the only way in which kernels here run in parallel.
+
+A *program* is an int64 array of rows (address of a `Kernel`, address of its arguments, number of chunks). Rows run one
+after the other, the chunks of a row in any order and at the same time. The thread that calls `run` leads; followers
+are threads of Python that sit in native code and wait for the next program by spinning, for some 100 µs, and then
+asleep.
+
+Threads take chunks one by one: one word holds the number of the row since the team began, its chunks and how many
+of them are taken, and to take the next one is one compare-and-swap. A row ends when its chunks are through, whoever did
+them. So a thread that the system has stopped holds nobody up unless it is in the middle of a chunk, and what it read
+before cannot fit the word when it goes on. Who ends a row begins the next one; rows of one chunk (a norm, a
+rotation) it does at once, without a word to the others.
+
+One program runs at a time. A thread that finds the team busy works its program off alone. A forked child has no
+threads but the one that forked, and gets its own team at its first program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections import deque
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rankgate.ops.cpu.atomic import add, call, load, pause, replace, store
+from rankgate.ops.cpu.compile import Kernel, jit
+
+ROW = 3  # words of a row
+MOST_CHUNKS = 0xFFFF  # of a row
+SPINS = 20_000  # pauses, of some 20 to 60 ns, before a follower sleeps
+# byte offsets in a team's control block; what is written often has a cache line of its own
+WORD, DONE, PLACE, END, FINISHED, QUIT = 0, 64, 128, 136, 192, 256
+BLOCK = 320
+
+
+@jit
+def _first_shared(row: int, end: int) -> int:
+    """Do the rows of one chunk from `row` on; the first other one."""
+    while row < end:
+        chunks = load(row + 16)
+        if chunks > 1:
+            return row
+        if chunks == 1:
+            call(load(row), load(row + 8), 0)
+        row += 8 * ROW
+    return end
+
+
+@jit
+def _publish(control: int, row: int) -> None:
+    """Let everybody take chunks of `row`; all of the row before are through."""
+    store(control + DONE, 0)
+    store(control + PLACE, row)
+    number = (load(control + WORD) >> 32) + 1
+    store(control + WORD, ((number & 0x7FFFFFFF) << 32) | (load(row + 16) << 16))
+
+
+@jit
+def _take(control: int) -> bool:
+    """Do one chunk, if there is one; whoever does the last one of a row goes on to the next."""
+    word = load(control + WORD)
+    taken, chunks = word & MOST_CHUNKS, (word >> 16) & MOST_CHUNKS
+    if taken >= chunks:
+        return False
+    if replace(control + WORD, word, word + 1):
+        row = load(control + PLACE)
+        call(load(row), load(row + 8), taken)
+        if add(control + DONE, 1) + 1 == chunks:
+            end = load(control + END)
+            row = _first_shared(row + 8 * ROW, end)
+            if row < end:
+                _publish(control, row)
+            else:
+                store(control + FINISHED, 1)
+    return True
+
+
+@jit
+def _lead(control: int, row: int, end: int) -> None:
+    row = _first_shared(row, end)
+    if row == end:
+        return
+    store(control + END, end)
+    store(control + FINISHED, 0)
+    _publish(control, row)
+    while not load(control + FINISHED):
+        if not _take(control):
+            pause()
+
+
+@jit
+def _follow(control: int) -> bool:
+    """Take part until there is nothing to do for some time; whether the team goes on."""
+    waited = 0
+    while waited < SPINS:
+        if load(control + QUIT):
+            return False
+        if _take(control):
+            waited = 0
+        else:
+            pause()
+            waited += 1
+    return True
+
+
+@jit
+def _alone(row: int, end: int) -> None:
+    while row < end:
+        for chunk in range(load(row + 16)):
+            call(load(row), load(row + 8), chunk)
+        row += 8 * ROW
+
+
+class _Team:
+    """Those who work on one program at a time."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Without followers: at first, and in a forked child."""
+        self.busy = threading.Lock()
+        self.followers: list[threading.Thread] = []
+        self.asleep: deque[threading.Lock] = deque()
+
+    def run(self, row: int, end: int, threads: int) -> None:
+        if threads < 2 or not self.busy.acquire(blocking=False):
+            _alone(row, end)
+            return
+        try:
+            if len(self.followers) != threads - 1:
+                self._hire(threads - 1)
+            self._wake()
+            _lead(self.control, row, end)
+        finally:
+            self.busy.release()
+
+    def _hire(self, followers: int) -> None:
+        self._dismiss()
+        self._block = np.zeros(BLOCK // 8 + 8, np.int64)
+        self.control = -(-self._block.ctypes.data // 64) * 64
+        self._quit = self._block[(self.control - self._block.ctypes.data + QUIT) // 8 :][:1]
+        self._quit[0] = 1
+        _follow(self.control)  # is compiled before the threads begin
+        self._quit[0] = 0
+        work = [threading.Thread(target=self._work, daemon=True, name="rankgate") for _ in range(followers)]
+        for thread in work:
+            thread.start()
+        self.followers = work
+
+    def _work(self) -> None:
+        bed = threading.Lock()
+        bed.acquire()
+        while _follow(self.control):
+            self.asleep.append(bed)
+            bed.acquire()
+
+    def _wake(self) -> None:
+        while self.asleep:
+            self.asleep.popleft().release()
+
+    def _dismiss(self) -> None:
+        if self.followers:
+            self._quit[0] = 1
+        for thread in self.followers:
+            while thread.is_alive():
+                self._wake()
+                thread.join(0.001)
+        self.followers = []
+
+    def end(self) -> None:
+        """Before the interpreter does, whose memory followers would go on to read."""
+        if self.busy.acquire(timeout=1):
+            self._dismiss()
+
+
+_team = _Team()
+atexit.register(_team.end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_team.begin)
+
+
+def run(program: np.ndarray, threads: int | None = None) -> None:
+    """Work off `program` (rows × 3, int64), with all arguments in place, by so many threads: by default `size()`."""
+    begin = program.ctypes.data
+    _team.run(begin, begin + program.nbytes, size() if threads is None else threads)
+
+
+def row(kernel: Kernel, arguments: np.ndarray, chunks: int) -> list[int]:
+    """A row of a program; `arguments` are int64 words, to be kept as long as the program is used."""
+    assert chunks <= MOST_CHUNKS
+    return [kernel.address, arguments.ctypes.data, chunks]
+
+
+def size() -> int:
+    """Threads of a program: NUMBA_NUM_THREADS, or the processors of this process; never more than torch's."""
+    return min(_processors(), torch.get_num_threads())
+
+
+@cache
+def _processors() -> int:
+    given = os.environ.get("NUMBA_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share = quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text())
+    except OSError:
+        share = None
+    return seen if share is None else max(1, min(seen, int(share)))
+
+
+def quota(root: Path, groups: str) -> float | None:
+    """Processors' worth of time that the control groups of a process allow; None: as many as there are.
+
+    root: where the hierarchy is mounted; groups: the text of /proc/self/cgroup. Every group above counts, too.
+    A container may see only the root of its groups.
+    """
+    found = []
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for mount in [root / controllers, root / "cpu"] if controllers else [root, root / "unified"]:
+            own = mount / path.strip("/")
+            for folder in [own, *(p for p in own.parents if p.is_relative_to(mount))]:
+                found += [share for share in (_share(folder, bool(controllers)),) if share is not None]
+    return min(found, default=None)
+
+
+def _share(folder: Path, old: bool) -> float | None:
+    """What one group allows: version 1 (`old`) or 2."""
+    try:
+        if old:
+            words = [(folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")]
+        else:
+            words = (folder / "cpu.max").read_text().split()
+        return int(words[0]) / int(words[1]) if int(words[0]) > 0 else None
+    except (OSError, ValueError, IndexError, ZeroDivisionError):  # absent, or "max"
+        return None
