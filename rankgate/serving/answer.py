@@ -5,36 +5,49 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
-from rankgate.decoding.loop import ONE_GREEDY, fast_generate
+from rankgate.decoding.loop import ONE_GREEDY, decode, fast_generate
 from rankgate.errors import RankgateError
 from rankgate.hub.opening import Opened
+from rankgate.serving.likelihood import Scorer
+from rankgate.serving.stream import Piece, Reason, Stop, TextStream
 
 GREEDY_BELOW = 1e-5  # a temperature that chooses like 0, and that no logits overflow by
 BOUNDLESS = 2048  # tokens of context where a model knows no limit
-UNREADABLE = 8  # tokens in a row that are no whole character, after which none is expected any more
-
-Reason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How to continue: at most `tokens` more, up to the first of the texts `stop` (at temperature 0 the most likely).
 
+    min_p: probability, as a share of the greatest, that a token must have; top_k: so many most likely ones, 0: all.
+    repetition_penalty: None: what the model's own generation_config says.
     seed: the same one gives the same answer; None: a new one each time.
+    top: report log-probabilities (see `likelihood`), and so many of the most likely tokens; None: report none.
+    echo: the answer's text begins with the prompt's, and so do its tokens.
     """
 
     tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top: int | None = None
+    echo: bool = False
+
+
+class Answered(NamedTuple):
+    """reason: why it ended: EOS or a stop text, its length, or its reader; times: of the new tokens, EOS among them."""
+
+    reason: Reason
+    times: list[float]
 
 
 def context_length(opened: Opened, asked: int | None = None) -> int:
@@ -67,37 +80,52 @@ def answer(
     opened: Opened,
     prompt: Sequence[int],
     sampling: Sampling,
-    emit: Callable[[str], None],
+    emit: Callable[[Piece], None],
     stopped: Callable[[], bool],
-) -> tuple[Reason, int]:
+) -> Answered:
     """Continue the tokens `prompt`, giving pieces of text to `emit`; `stopped` is asked after every token.
 
-    Returns why it ended (EOS or a stop text, `sampling.tokens`, or `stopped`) and the number of new tokens, EOS among
-    them. Seeds torch's global random numbers.
+    Seeds torch's global random numbers.
     """
     model, tokenizer = opened.model, opened.tokenizer
     ids = torch.tensor([list(prompt)], device=model.device)
     ends = end_tokens(opened, sampling.stop)
-    stream = _TextStream(tokenizer, sampling.stop, ends, emit, stopped)
-    how: dict[str, Any] = dict(ONE_GREEDY)
-    if sampling.temperature >= GREEDY_BELOW:
-        how |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    if ends:
-        how["eos_token_id"] = sorted(ends)
+    scorer = None if sampling.top is None else Scorer(tokenizer, sampling.top)
+    stream = TextStream(tokenizer, sampling.stop, ends, emit, stopped, scorer)
+    if sampling.echo:
+        text, places = stream.read(prompt)
+        emit(Piece(text, [] if scorer is None else scorer.prompt(model, ids, places, stopped)))
     torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
     try:
+        if sampling.tokens == 0:
+            stream.end()
+            return Answered("length", [])
         fast_generate(
             model,
             ids,
+            loop=decode if scorer is None else scorer.loop,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=sampling.tokens,
             streamer=stream,
             pad_token_id=tokenizer.pad_token_id or 0,
-            **how,
+            **_options(sampling, ends),
         )
-    except _Stop as stop:
-        return stop.reason, stream.count
-    return "stop" if stream.count < sampling.tokens else "length", stream.count
+    except Stop as stop:
+        return Answered(stop.reason, stream.times)
+    return Answered("stop" if len(stream.times) < sampling.tokens else "length", stream.times)
+
+
+def _options(sampling: Sampling, ends: set[int]) -> dict[str, Any]:
+    """Of generate()."""
+    how: dict[str, Any] = dict(ONE_GREEDY)
+    if sampling.temperature >= GREEDY_BELOW:
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        how |= {"do_sample": True, **drawn, "min_p": sampling.min_p or None}
+    if sampling.repetition_penalty is not None:
+        how["repetition_penalty"] = sampling.repetition_penalty
+    if ends:
+        how["eos_token_id"] = sorted(ends)
+    return how
 
 
 def end_tokens(opened: Opened, stop: Sequence[str]) -> set[int]:
@@ -107,77 +135,3 @@ def end_tokens(opened: Opened, stop: Sequence[str]) -> set[int]:
     known = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     special = {str(added): i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
     return {*known, *(special[word] for word in stop if word in special)} - {None}
-
-
-class _Stop(Exception):
-    """Leaves generate() from within a streamer, at once, whichever loop is running."""
-
-    def __init__(self, reason: Reason) -> None:
-        self.reason = reason
-
-
-class _TextStream(BaseStreamer):
-    """Tokens in, text out as soon as it is certain: whole characters, and nothing that may begin a stop text."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop: tuple[str, ...],
-        ends: set[int],
-        emit: Callable[[str], None],
-        stopped: Callable[[], bool],
-    ) -> None:
-        self.tokenizer, self.stop, self.ends, self.emit, self.stopped = tokenizer, stop, ends, emit, stopped
-        self.ids: list[int] = []
-        self.count = 0  # of all new tokens, that which ends the answer among them
-        self.in_prompt = True
-        self.start = self.read = 0  # ids[:read] have become text; those from `start` on decide how the next one is read
-        self.held = ""  # text that may be the beginning of a stop text
-
-    def put(self, value: Tensor) -> None:
-        if self.stopped():
-            raise _Stop("cancelled")
-        if self.in_prompt:  # generate() shows it first
-            self.in_prompt = False
-            return
-        (token,) = value.flatten().tolist()
-        self.count += 1
-        if token in self.ends:
-            self.end()
-            raise _Stop("stop")
-        self.ids.append(token)
-        new = self._unread()
-        unfinished = new.endswith("\N{REPLACEMENT CHARACTER}")  # may become a character yet
-        if not unfinished or len(self.ids) - self.read >= UNREADABLE:
-            self.start, self.read = self.read, len(self.ids)
-            self._pass_on(new)
-
-    def end(self) -> None:
-        """The rest, of a text that was not stopped."""
-        self._pass_on(self._unread())
-        if self.held:
-            self.emit(self.held)
-
-    def _unread(self) -> str:
-        """The text of the tokens that have not become text yet."""
-        return self._decoded(self.ids[self.start :])[len(self._decoded(self.ids[self.start : self.read])) :]
-
-    def _decoded(self, ids: list[int]) -> str:
-        text: Any = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return str(text)
-
-    def _pass_on(self, new: str) -> None:
-        text = self.held + new
-        found = [at for word in self.stop if (at := text.find(word)) >= 0]
-        certain = min(found) if found else len(text) - _possible(text, self.stop)
-        if certain:
-            self.emit(text[:certain])
-        self.held = text[certain:]
-        if found:
-            raise _Stop("stop")
-
-
-def _possible(text: str, stop: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop text."""
-    lengths = [n for word in stop for n in range(1, min(len(word), len(text) + 1)) if text.endswith(word[:n])]
-    return max(lengths, default=0)

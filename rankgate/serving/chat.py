@@ -13,6 +13,7 @@ from typing import Any
 from rankgate.common.terminal import say
 from rankgate.hub.opening import Opened
 from rankgate.serving.answer import Sampling, answer, chat_tokens, context_length
+from rankgate.serving.stream import Piece
 
 HELP = "/reset begins anew, /exit or the end of the file ends it, Ctrl-C stops an answer"
 
@@ -62,9 +63,9 @@ def said(opened: Opened, prompt: list[int], sampling: Sampling) -> str:
     """The answer, or as much of it as there was before Ctrl-C; printed as it comes."""
     pieces: list[str] = []
 
-    def emit(text: str) -> None:
-        pieces.append(text)
-        print(text, end="", flush=True)
+    def emit(piece: Piece) -> None:
+        pieces.append(piece.text)
+        print(piece.text, end="", flush=True)
 
     with interruption() as stopped:
         answer(opened, prompt, sampling, emit, stopped.is_set)

@@ -37,8 +37,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rankgate.common.terminal import say
 from rankgate.errors import RankgateError
 from rankgate.hub.opening import Opened
-from rankgate.serving.engine import Ending, Engine, Job, QueueFull
-from rankgate.serving.openai_api import ApiError, ChatRequest, CompletionRequest, Reply
+from rankgate.serving.answer import Answered
+from rankgate.serving.engine import Ending, Engine, Job, QueueFull, Said
+from rankgate.serving.replies import Reply
+from rankgate.serving.requests import ApiError, ChatRequest, CompletionRequest
 
 KEY_VARIABLE = "RANKGATE_API_KEY"
 STALLED = 5  # seconds that clients have to read the error that ends their answer
@@ -194,24 +196,25 @@ class Server:
         self.check_key(request)
         call = kind.parse(await self.body(request))
         self.check_model(call.model)
-        prompt = await asyncio.to_thread(call.tokens, self.opened.tokenizer)
-        sampling = call.sampling(len(prompt), self.limits.context)
+        prompts = await asyncio.to_thread(call.prompts, self.opened)
+        lengths = [len(prompt) for prompt in prompts]
+        sampling = call.sampling(max(lengths), self.limits.context)
         try:
-            job = self.engine.submit(prompt, sampling)
+            job = self.engine.submit(prompts, sampling)
         except QueueFull:
             message, headers = f"{self.limits.queue} requests wait already; try again later", {"Retry-After": "1"}
             raise ApiError(429, message, code="queue_full", headers=headers) from None
         job.watchers.append(asyncio.create_task(cancel_when_gone(request, job)))
-        reply, text = Reply(self.name, call.chat, len(prompt)), ""
+        reply, said = Reply(self.name, call.chat, lengths, sampling.top is not None), []
         event = await job.events.get()  # what goes wrong before it still has a status of its own
-        if call.stream and (isinstance(event, str) or event.complete):
+        if call.stream and isinstance(event, Said):
             chunks = stream(job, event, reply, usage=call.stream_options.include_usage)
             return StreamingResponse(chunks, media_type="text/event-stream")
-        while isinstance(event, str):
-            text += event
+        while isinstance(event, Said):
+            said.append(event)
             event = await job.events.get()
         if event.complete:
-            return JSONResponse(reply.whole(text, event.reason, event.tokens))
+            return JSONResponse(reply.whole(said))
         return failure(FAILURES[event.reason]) if event.reason in FAILURES else Response(status_code=GONE)
 
 
@@ -222,17 +225,20 @@ async def cancel_when_gone(request: Request, job: Job) -> None:
     job.cancel()
 
 
-async def stream(job: Job, event: str | Ending, reply: Reply, *, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: the answer that begins with `event`, in chunks."""
+async def stream(job: Job, event: Said | Ending, reply: Reply, *, usage: bool) -> AsyncIterator[str]:
+    """Server-sent events: the answers that begin with `event`, in chunks."""
+    ends = []
     try:
         for chunk in reply.opening():
             yield sent(chunk)
-        while isinstance(event, str):
-            yield sent(reply.piece(event))
+        while isinstance(event, Said):
+            yield sent(reply.chunk(event))
+            if isinstance(event.what, Answered):
+                ends.append(event)
             event = await job.events.get()
         if event.complete:
-            for chunk in reply.closing(event.reason, event.tokens, usage=usage):
-                yield sent(chunk)
+            if usage:
+                yield sent(reply.usage(ends))
             yield "data: [DONE]\n\n"
         elif event.reason in FAILURES:
             yield sent(FAILURES[event.reason].body)

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from rankgate.hub.opening import Opened, open_any
 from rankgate.serving import answer as answering
 from rankgate.serving.answer import Sampling
+from rankgate.serving.stream import Piece
 
 
 @pytest.fixture
@@ -41,9 +42,10 @@ def test_what_ends_an_answer(opened: Opened, monkeypatch: pytest.MonkeyPatch):
     cases = ((end, ("<|end|>",), None, None), (turn, (), [2, turn], None), (3, (), None, "</s>"))
     for last, stop, model_ends, tokenizer_ends in cases:
         said[at], own.model.generation_config.eos_token_id, tokenizer.eos_token = last, model_ends, tokenizer_ends
-        pieces: list[str] = []
-        ending = answering.answer(own, [5], Sampling(1000, stop=stop), pieces.append, lambda: False)
-        assert ("".join(pieces), *ending) == ("Paris.", "stop", at + 1)
+        pieces: list[Piece] = []
+        answered = answering.answer(own, [5], Sampling(1000, stop=stop), pieces.append, lambda: False)
+        text = "".join(piece.text for piece in pieces)
+        assert (text, answered.reason, len(answered.times)) == ("Paris.", "stop", at + 1)
         assert last in told["eos_token_id"]
 
 
@@ -58,10 +60,10 @@ def pieces_of(opened: Opened, prompt: str, monkeypatch: pytest.MonkeyPatch, text
         streamer.end()  # type: ignore[attr-defined]
 
     monkeypatch.setattr(answering, "fast_generate", says)
-    pieces: list[str] = []
+    pieces: list[Piece] = []
     ids = opened.tokenizer(prompt).input_ids
     answering.answer(opened, ids, Sampling(1000, stop=stop), pieces.append, lambda: False)
-    return pieces
+    return [piece.text for piece in pieces]
 
 
 def test_text_is_passed_on_when_it_is_certain(opened: Opened, monkeypatch: pytest.MonkeyPatch):

@@ -130,12 +130,14 @@ def test_seeds_make_samples_repeatable(client: openai.OpenAI):
 
 BAD = {
     "n": 2,
-    "logprobs": 3,
+    "logprobs": 6,
     "presence_penalty": 0.5,
     "logit_bias": {"5": 1},
-    "echo": True,
     "suffix": "b",
-    "top_k": 5,
+    "top_k": 2.5,
+    "min_p": 1.5,
+    "repetition_penalty": 0,
+    "ignore_eos": True,
     "temperature": 2.5,
     "top_p": -0.1,
     "seed": 1 << 70,
@@ -159,7 +161,8 @@ BAD_CHAT = {
     "response_format": {"type": "json_object"},
     "messages": [],
     "max_completion_tokens": -1,
-    "logprobs": True,
+    "top_logprobs": 2,
+    "max_tokens": 16.5,
 }
 
 
