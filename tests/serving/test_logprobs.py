@@ -12,7 +12,10 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 from server import LONG, post, serving
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from rankgate.decoding import loop
 from rankgate.decoding.steps import captured
 from rankgate.hub.opening import Opened, open_any
 from rankgate.serving import likelihood
@@ -179,6 +182,30 @@ def test_infinity_is_no_json_and_nan_an_error(opened: Opened):
     scorer(torch.tensor([[5]]), torch.tensor([[0.0, float("nan")]]))  # type: ignore[arg-type]
     with pytest.raises(Exception, match="not finite"):
         scorer.chosen(1, 0)
+
+
+def test_the_ordinary_loop_reports_the_same(address: str, monkeypatch: pytest.MonkeyPatch):
+    fast = complete(address, logprobs=2)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="without the fast path: a reason"):
+        patch.setattr(loop, "unsupported", lambda *_: "a reason")
+        slow = complete(address, logprobs=2)
+    assert slow["text"] == fast["text"]
+    assert slow["logprobs"]["token_logprobs"] == pytest.approx(fast["logprobs"]["token_logprobs"], **TOLERANCE)
+
+
+def test_spelling_where_spaces_are_part_of_tokens():
+    """As in vocabularies of SentencePiece, whose decoder drops the space that a text begins with."""
+    words = ["<unk>", "<s>", "\u2581", "\u2581Hi", "lo", "<0xE2>", "<0x98>", "<0x83>"]
+    backend = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
+    assert spelling(tokenizer, 1) == ("<s>", [60, 115, 62])
+    assert spelling(tokenizer, 3) == (" Hi", [32, 72, 105])
+    assert spelling(tokenizer, 4) == ("lo", [108, 111])
+    assert spelling(tokenizer, 5) == (r"bytes:\xe2", [0xE2])
 
 
 PAIRS = [
