@@ -4,8 +4,8 @@
 
 The names below are imported when they are first used, so that `rankgate --help` does not wait for torch. Some modules
 take part in what others begin: transformers knows converted models as soon as somebody imports its quantizers, kernels
-register themselves as soon as somebody imports the definitions, which know nothing of them, and what is converted can
-be saved.
+register themselves as soon as somebody imports the definitions, which know nothing of them, what is converted can be
+saved, and PEFT is told what it may do to it.
 """
 
 from __future__ import annotations
@@ -110,6 +110,11 @@ def _bring_kernels(_: Any) -> None:
 @wrapt.when_imported("rankgate.conversion.convert")
 def _bring_files(_: Any) -> None:
     importlib.import_module("rankgate.hub.checkpoint")
+
+
+@wrapt.when_imported("peft")
+def _bring_adapters(_: Any) -> None:
+    importlib.import_module("rankgate.hub.adapters")
 
 
 def __getattr__(name: str) -> Any:

@@ -64,8 +64,8 @@ def said(opened: Opened, prompt: list[int], sampling: Sampling) -> str:
     pieces: list[str] = []
 
     def emit(piece: Piece) -> None:
-        pieces.append(piece.text)
-        print(piece.text, end="", flush=True)
+        pieces.append(piece)
+        print(piece, end="", flush=True)
 
     with interruption() as stopped:
         answer(opened, prompt, sampling, emit, stopped.is_set)

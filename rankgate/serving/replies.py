@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ class Reply:
     def chunk(self, said: Said) -> dict[str, Any]:
         piece = said.what
         if isinstance(piece, Piece):
-            content = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+            content = {"delta": {"content": piece}} if self.chat else {"text": piece}
             return self._chunk(said.index, content, self._logprobs(piece.tokens) if piece.tokens else None)
         return self._chunk(said.index, {"delta": {}} if self.chat else {"text": ""}, reason=piece.reason)
 
@@ -45,13 +46,13 @@ class Reply:
 
     def _whole_choice(self, index: int, said: list[Piece | Answered]) -> dict[str, Any]:
         pieces = [piece for piece in said if isinstance(piece, Piece)]
-        text = "".join(piece.text for piece in pieces)
+        text = "".join(pieces)
         (reason,) = (end.reason for end in said if isinstance(end, Answered))
         logprobs = self._logprobs([token for piece in pieces for token in piece.tokens]) if self.scored else None
         content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         return _choice(index, content, logprobs, reason)
 
-    def _logprobs(self, tokens: list[Scored]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[Scored]) -> dict[str, Any]:
         if self.chat:
             return {"content": [{**_entry(t), "top_logprobs": [*map(_entry, t.top)]} for t in tokens], "refusal": None}
         return {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,12 +17,15 @@ UNREADABLE = 8  # tokens in a row that are no whole character, after which none 
 Reason = Literal["stop", "length", "cancelled"]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some of an answer's text, and the tokens that begin in it if they were asked for."""
+class Piece(str):
+    """Some of an answer's text, which knows the tokens that begin in it if they were asked for."""
 
-    text: str
-    tokens: list[Scored] = field(default_factory=list)
+    tokens: Sequence[Scored]
+
+    def __new__(cls, text: str, tokens: Sequence[Scored] = ()) -> Self:
+        piece = super().__new__(cls, text)
+        piece.tokens = tokens
+        return piece
 
 
 class Stop(Exception):

@@ -1,6 +1,8 @@
 """LoRA on a converted model against PEFT on a dense one with the same, dequantised weights."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -243,3 +245,17 @@ def test_merging_is_refused_and_changes_nothing():
         with pytest.raises(RankgateError, match="cannot be merged into converted weights"):
             merge()
         assert torch.equal(logits(model), before)
+
+
+def test_nothing_is_adapted_in_silence_where_only_rankgate_and_peft_are_imported():
+    program = """
+import rankgate, peft, transformers
+config = transformers.LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+)
+model = transformers.AutoModelForCausalLM.from_config(config)
+rankgate.convert_(model, rankgate.Int8Config(), overrides={"mlp": None})
+peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "adaptable" in done.stderr.splitlines()[-1]

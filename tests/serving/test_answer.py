@@ -44,7 +44,7 @@ def test_what_ends_an_answer(opened: Opened, monkeypatch: pytest.MonkeyPatch):
         said[at], own.model.generation_config.eos_token_id, tokenizer.eos_token = last, model_ends, tokenizer_ends
         pieces: list[Piece] = []
         answered = answering.answer(own, [5], Sampling(1000, stop=stop), pieces.append, lambda: False)
-        text = "".join(piece.text for piece in pieces)
+        text = "".join(pieces)
         assert (text, answered.reason, len(answered.times)) == ("Paris.", "stop", at + 1)
         assert last in told["eos_token_id"]
 
@@ -63,7 +63,7 @@ def pieces_of(opened: Opened, prompt: str, monkeypatch: pytest.MonkeyPatch, text
     pieces: list[Piece] = []
     ids = opened.tokenizer(prompt).input_ids
     answering.answer(opened, ids, Sampling(1000, stop=stop), pieces.append, lambda: False)
-    return [piece.text for piece in pieces]
+    return [str(piece) for piece in pieces]
 
 
 def test_text_is_passed_on_when_it_is_certain(opened: Opened, monkeypatch: pytest.MonkeyPatch):
