@@ -23,7 +23,7 @@ from rankgate.cli import parser as cli
 from rankgate.common.terminal import quiet_libraries
 from rankgate.hub.opening import open_any
 from rankgate.hub.sources import resolve
-from rankgate.reporting.bench import peak_memory
+from rankgate.reporting.runner import peak_memory
 
 METHODS = {
     "gsi k=0.25n": ("--method", "gsi"),

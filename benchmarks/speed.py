@@ -30,9 +30,10 @@ from rankgate.conversion.plan import VERIFY_TOKENS, Budget, Planner
 from rankgate.hub import checkpoint
 from rankgate.hub.opening import Opened, open_dense
 from rankgate.methods import Int8Config, LRQConfig, Method
-from rankgate.reporting.bench import HEADERS, TORCHAO, Subject, bench, quantize_torchao, subjects_for
+from rankgate.reporting.bench import HEADERS, TORCHAO, bench, subjects_for
 from rankgate.reporting.bench import table as bench_table
 from rankgate.reporting.pipeline import provenance
+from rankgate.reporting.runner import Subject, quantize_torchao
 from rankgate.reporting.tables import number
 
 CONTEXT, CALIBRATION_TOKENS, TOKENS = 512, 16_384, 16_384

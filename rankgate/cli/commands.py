@@ -289,7 +289,7 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.exact and (dense := [name for name in models if name not in converted]):
         raise RankgateError(f"--exact takes converted models; {dense[0]} is none")
     report = bench(
-        subjects_for(models, against, torchao=arguments.torchao, exact=arguments.exact),
+        subjects_for(models, against, torchao=arguments.torchao, exact=arguments.exact, gguf=arguments.against_gguf),
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.n,
         rounds=arguments.rounds,

@@ -148,6 +148,13 @@ def add_subjects(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="MODEL", help="dense model to compare with (default: as recorded in DIR)")
     parser.add_argument("--exact", action="store_true", help="also each DIR as a draft that its dense model verifies")
     parser.add_argument("--torchao", action="store_true", help="also torchao int8 and int4, eager and compiled")
+    parser.add_argument(
+        "--against-gguf",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="also llama.cpp with these files of the same model, and quality beside speed (needs llama-cpp-python)",
+    )
 
 
 def add_serving(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,29 +65,23 @@ def evaluate(
 
     Raises RankgateError if a logit is not finite.
     """
-    losses_dense, losses, agreements, divergences = [], [], [], []
+    parts = []
     with record_gates(model) as gates, torch.inference_mode(), evaluation_mode(dense), evaluation_mode(model):
         for batch in track(windows.split(batch_size), "evaluating", enabled=progress):
-            reference = _log_probabilities(dense, batch, "dense")
-            candidate = _log_probabilities(model, batch, "converted")
-            for p, q, ids in zip(
-                reference, candidate, batch.to(dense.device), strict=True
-            ):  # one window at a time: less memory
-                target = ids[1:, None]
-                losses_dense.append(-p[:-1].gather(1, target).double())
-                losses.append(-q[:-1].gather(1, target).double())
-                agreements.append(p[:-1].argmax(-1) == q[:-1].argmax(-1))
-                divergences.append(F.kl_div(q[:-1], p[:-1], log_target=True, reduction="none").sum(-1).double())
-    kl = torch.cat(divergences)
+            reference = log_probabilities(dense, batch, "dense")
+            candidate = log_probabilities(model, batch, "converted")
+            for p, q, ids in zip(reference, candidate, batch.to(dense.device), strict=True):
+                parts.append(compare(p, q, ids))  # one window at a time: less memory
+    losses_dense, losses, same, kl = (torch.cat(figures).double() for figures in zip(*parts, strict=True))
     rates = {log.members[0]: log.rate for log in gates.values()}
     costs = {log.members[0]: sum(_weights(model, name) for name in log.members) for log in gates.values()}
     return Evaluation(
         tokens=windows.numel(),
         scored=kl.numel(),
         context=windows.shape[1],
-        loss_dense=torch.cat(losses_dense).mean().item(),
-        loss=torch.cat(losses).mean().item(),
-        top1=torch.cat(agreements).double().mean().item(),
+        loss_dense=losses_dense.mean().item(),
+        loss=losses.mean().item(),
+        top1=same.mean().item(),
         kl_mean=kl.mean().item(),
         kl_max=kl.max().item(),
         fire_rate=sum(rates[g] * costs[g] for g in rates) / sum(costs.values()) if rates else None,
@@ -96,7 +90,25 @@ def evaluate(
     )
 
 
-def _log_probabilities(model: PreTrainedModel, batch: Tensor, which: str) -> Tensor:
+class Compared(NamedTuple):
+    """Predictions of one window after its first token, one figure each."""
+
+    loss_dense: Tensor
+    loss: Tensor
+    same: Tensor  # bool: the same most likely token
+    kl: Tensor
+
+
+def compare(reference: Tensor, candidate: Tensor, ids: Tensor) -> Compared:
+    """Log-probabilities (tokens × vocabulary) of the dense and another model after each of `ids` (tokens)."""
+    p, q, target = reference[:-1], candidate[:-1], ids[1:, None]
+    dense, other = (-prediction.gather(1, target)[:, 0].double() for prediction in (p, q))
+    kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).double()
+    return Compared(dense, other, p.argmax(-1) == q.argmax(-1), kl)
+
+
+def log_probabilities(model: PreTrainedModel, batch: Tensor, which: str) -> Tensor:
+    """After every token of `batch` (rows × tokens). Raises RankgateError if a logit is not finite."""
     logits = model(input_ids=batch.to(model.device), use_cache=False).logits.float()
     if not torch.isfinite(logits).all():
         raise RankgateError(f"the {which} model gives non-finite logits; nothing can be compared")

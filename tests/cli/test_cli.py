@@ -126,9 +126,9 @@ def test_bench_puts_models_side_by_side(run, model_dir, tmp_path):
     run("convert", model_dir, "-o", tmp_path / "out", "--method", "int8")
     out = run("bench", tmp_path / "out", "--prompt-tokens", "8", "-n", "4", "--rounds", "2", "--json")
     rows = {(row["model"], row["loop"]): row for row in last(out)["rows"]}
-    assert len(rows) == 3  # float32 and bfloat16 are both generate(), see below
+    assert len(rows) == 4  # dense models run in float32 and bfloat16, see below
     names = [row["name"] for row in last(out)["rows"]]
-    assert len(names) == len(set(names)) == 4
+    assert len(names) == len(set(names)) == 6
     ours = rows[str(tmp_path / "out"), "decode"]
     for key in ("decode_tok_s", "decode_speedup", "prefill_tok_s", "bytes_per_token", "peak_memory_bytes"):
         assert ours[key] > 0
