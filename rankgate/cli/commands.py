@@ -293,6 +293,7 @@ def bench(arguments: argparse.Namespace) -> None:
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.n,
         rounds=arguments.rounds,
+        long_prompt=arguments.long_prompt,
         progress=True,
     )
     show_table(HEADERS, table(report))

@@ -109,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_subjects(bench)
     bench.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="default: 64")
     bench.add_argument("-n", type=positive, default=128, metavar="N", help="new tokens (default: 128)")
+    bench.add_argument("--long-prompt", type=positive, default=512, metavar="N", help="for prefill (default: 512)")
     bench.add_argument("--rounds", type=positive, default=5, metavar="N", help="measurements of each (default: 5)")
 
     add_answering_verbs(verbs)

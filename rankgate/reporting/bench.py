@@ -38,14 +38,14 @@ COPY_BYTES = 1 << 28
 TORCHAO = ("int8", "int4")
 
 
-def _serve(pipe: Connection, subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
+def _serve(pipe: Connection, subject: Subject, *lengths: int) -> None:
     """The loop of a subject's process: answer each request with a result, or with the error that prevents one."""
     from rankgate.common.terminal import quiet_libraries
 
     try:
         quiet_libraries()
         kind: type[Runner] | type[LlamaCpp] = LlamaCpp if subject.loop == "llama.cpp" else Runner
-        runner = kind(subject, prompt_tokens, new_tokens)
+        runner = kind(subject, *lengths)
         pipe.send(None)
         while (request := pipe.recv()) is not None:
             pipe.send(getattr(runner, request)())
@@ -59,11 +59,11 @@ def _serve(pipe: Connection, subject: Subject, prompt_tokens: int, new_tokens: i
 class Worker:
     """A subject's process, seen from outside."""
 
-    def __init__(self, subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
+    def __init__(self, subject: Subject, *lengths: int) -> None:
         self.subject = subject
         context = multiprocessing.get_context("spawn")
         self.pipe, child = context.Pipe()
-        self.process = context.Process(target=_serve, args=(child, subject, prompt_tokens, new_tokens), daemon=True)
+        self.process = context.Process(target=_serve, args=(child, subject, *lengths), daemon=True)
         self.process.start()
         child.close()
         self._answer()
@@ -124,14 +124,15 @@ def bench(
     prompt_tokens: int = 64,
     new_tokens: int = 128,
     rounds: int = 5,
+    long_prompt: int = LONG_PROMPT,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measure `subjects` in turn; returns plain JSON values, one row per subject under "rows".
 
     A subject of torchao that cannot run is a row with an "error"; any other raises RankgateError.
     """
-    if prompt_tokens > LONG_PROMPT or new_tokens < 3:
-        raise RankgateError(f"the bench takes prompts of at most {LONG_PROMPT} tokens and at least 3 new ones")
+    if prompt_tokens > long_prompt or new_tokens < 3:
+        raise RankgateError(f"the bench takes prompts of at most {long_prompt} tokens and at least 3 new ones")
     compares = any(subject.loop == "llama.cpp" for subject in subjects)
     workers: list[Worker] = []
     rows: dict[str, dict[str, Any]] = {}
@@ -144,7 +145,7 @@ def bench(
                 "dense": subject.is_dense,
             }
             try:
-                workers.append(Worker(subject, prompt_tokens, new_tokens))
+                workers.append(Worker(subject, prompt_tokens, new_tokens, long_prompt))
             except RankgateError as error:
                 if subject.torchao is None:
                     raise
@@ -166,6 +167,7 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "rounds": rounds,
+        "long_prompt": long_prompt,
         "copy_bytes_per_s": ceiling,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

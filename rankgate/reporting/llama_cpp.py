@@ -17,17 +17,17 @@ from rankgate.conversion.evaluation import compare, log_probabilities
 from rankgate.errors import RankgateError
 from rankgate.hub import texts
 from rankgate.hub.opening import open_dense
-from rankgate.reporting.runner import LONG_PROMPT, QUALITY_TOKENS, Subject, peak_memory
+from rankgate.reporting.runner import QUALITY_TOKENS, Subject, peak_memory
 
 
 class LlamaCpp:
     """One file, loaded and warm, in this process; its tokens are those of the dense model `subject.against`."""
 
-    def __init__(self, subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
+    def __init__(self, subject: Subject, prompt_tokens: int, new_tokens: int, long_prompt: int) -> None:
         assert subject.against is not None
         self.subject, self.new_tokens = subject, new_tokens
         self.dense = open_dense(subject.against)
-        self.length = min(LONG_PROMPT, self.dense.positions or LONG_PROMPT)
+        self.length = min(long_prompt, self.dense.positions or long_prompt)
         self.long = self.dense.windows(texts.HELD_OUT, self.length, self.length)[0].tolist()
         before = peak_memory()
         self.llama = self._load(max(self.length, prompt_tokens + new_tokens))

@@ -71,7 +71,7 @@ class Clock:
 class Runner:
     """One subject, loaded and warm, in this process."""
 
-    def __init__(self, subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
+    def __init__(self, subject: Subject, prompt_tokens: int, new_tokens: int, long_prompt: int) -> None:
         self.subject, self.new_tokens = subject, new_tokens
         self.exact: Exact | None = None
         if subject.loop == "exact":
@@ -85,12 +85,12 @@ class Runner:
         if subject.torchao is not None:
             quantize_torchao(model, subject.torchao)
         self.model = model.eval()
-        limit = opened.positions or LONG_PROMPT + new_tokens
+        limit = opened.positions or long_prompt + new_tokens
         if prompt_tokens + new_tokens > limit:
             raise RankgateError(
                 f"{prompt_tokens} prompt and {new_tokens} new tokens exceed the {limit} positions of {subject.model}"
             )
-        length = min(LONG_PROMPT, limit)
+        length = min(long_prompt, limit)
         self.long = opened.windows(texts.HELD_OUT, length, length)
         self.prompt = self.long[:, :prompt_tokens]
         self.options: dict[str, Any] = {"do_sample": False, "pad_token_id": opened.tokenizer.pad_token_id or 0}

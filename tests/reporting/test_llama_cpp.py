@@ -53,7 +53,7 @@ def installed(monkeypatch, model_dir):
 
 
 def opened(model_dir, name="model.gguf"):
-    return LlamaCpp(Subject(name, "llama.cpp", against=str(model_dir)), 8, 4)
+    return LlamaCpp(Subject(name, "llama.cpp", against=str(model_dir)), 8, 4, 64)
 
 
 def test_it_reads_and_answers_the_same_tokens_as_ours(installed, model_dir):

@@ -1,0 +1,153 @@
+"""Beside llama.cpp on the same machine: results/peers/MODEL.json.
+
+    python benchmarks/peers.py Q4_0.gguf Q8_0.gguf BF16.gguf [--model smollm2-135m]
+
+Files of the same model, by llama-quantize; llama-cpp-python must be installed. Converted with the default calibration.
+Decoding, prompts of 512 and of 2,048 tokens, eight sequences at once, and what a busy core costs; about 15 minutes on
+two cores that do nothing else.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from frame import Columns, Row, in_turn, of_devices, parser, source, start, table, write
+
+from rankgate.common.files import atomic_path
+from rankgate.conversion.convert import convert_, twin
+from rankgate.decoding.loop import fast_generate
+from rankgate.hub import checkpoint
+from rankgate.hub.opening import Opened, open_any, open_dense
+from rankgate.hub.texts import CALIBRATION, HELD_OUT
+from rankgate.methods import Int8Config, LRQConfig, Method
+from rankgate.reporting.bench import bench, subjects_for
+from rankgate.reporting.pipeline import provenance, statistics
+from rankgate.reporting.tables import number
+
+METHODS: dict[str, Method] = {
+    "int8": Int8Config(),
+    "lrq r=16": LRQConfig(rank=16, refine=0.0),
+    "lrq r=16 refine=0.05": LRQConfig(rank=16, refine=0.05),
+}
+CALIBRATION_TOKENS, CONTEXT = 8192, 512
+LONG, BATCH, NEW = 2048, 8, 64
+
+
+def main() -> None:
+    options = parser(__doc__, "--model")
+    options.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    arguments = start(options)
+    opened = open_dense(arguments.model)
+    stats = statistics(opened, CALIBRATION, CALIBRATION_TOKENS, CONTEXT, sensitivity=True)
+    with tempfile.TemporaryDirectory() as place:
+        for name, method in METHODS.items():
+            model = twin(opened.model)
+            layers = convert_(model, method, stats, lm_head=True)
+            with atomic_path(Path(place) / name) as temporary:
+                saved = checkpoint.Checkpoint(model, opened.tokenizer, method, layers, provenance(opened, stats))
+                saved.save(temporary)
+        names = [f"{place}/{name}" for name in METHODS]
+        subjects = subjects_for(names, opened.name, gguf=[str(file) for file in arguments.files])
+        chosen = [s for s in subjects if s.loop != "generate" or s.is_dense]
+        report = bench(chosen, progress=True)
+        longer = bench(chosen, new_tokens=3, rounds=3, long_prompt=LONG, progress=True)
+        busy = {name: busy_core(open_any(f"{place}/{name}")) for name in METHODS}
+        rows = report.pop("rows")
+        for row, other in zip(rows, longer["rows"], strict=True):
+            row["prefill_long_tok_s"] = other["prefill_tok_s"]
+            row["name"] = row["name"].replace(f"{place}/", "").replace(f"{Path(row['model']).parent}/", "")
+            row["model"] = Path(row["model"]).name
+            if row["model"] in METHODS:
+                row.update(busy[row["model"]])
+        settings = {"model": Path(opened.name).name, "calibration_tokens": CALIBRATION_TOKENS, "batch": BATCH}
+    write(f"peers/{settings['model']}", {**settings, "long": LONG, **report}, rows)
+
+
+def busy_core(opened: Opened) -> Row:
+    """Eight sequences at once against one, and one sequence beside a process that keeps a core busy."""
+    ids = opened.windows(HELD_OUT, BATCH * CONTEXT, CONTEXT)[:, :NEW]
+    how: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+
+    def one() -> None:
+        fast_generate(opened.model, ids[:1], attention_mask=torch.ones_like(ids[:1]), **how)
+
+    def several() -> None:
+        opened.model.generate(ids, attention_mask=torch.ones_like(ids), **how)  # type: ignore[operator]
+
+    seconds = {name: min(times) for name, times in in_turn({"one": one, "several": several}, 3).items()}
+    other = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
+    other.start()
+    time.sleep(5)  # until it spins
+    beside = min(in_turn({"one": one}, 3)["one"])
+    other.terminate()
+    return {"batch_speedup": BATCH * seconds["one"] / seconds["several"], "busy_slowdown": beside / seconds["one"]}
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+def matches(row: Row, files: list[Row]) -> Row:
+    """The file with about as many bits."""
+    wanted = "Q8_0" if row["model"] == "int8" else "Q4_0" if row["model"].startswith("lrq") else "BF16"
+    return next((f for f in files if wanted.lower() in f["model"].lower()), files[0])
+
+
+def against(key: str) -> Any:
+    return lambda row: "-" if row["match"] is row else f"{row[key] / row['match'][key]:.2f}"
+
+
+COLUMNS: Columns = {
+    "model, loop": lambda r: r["name"],
+    "of llama.cpp's": lambda r: "-" if r["match"] is r else r["match"]["model"].removesuffix(".gguf").upper(),
+    "decode": against("decode_tok_s"),
+    "prompt of 512": against("prefill_tok_s"),
+    "prompt of 2,048": against("prefill_long_tok_s"),
+    "of a copy": lambda r: f"{r['ceiling_share']:.0%}" if "ceiling_share" in r else "-",
+    "8 at once": lambda r: f"{r['batch_speedup']:.1f}" if "batch_speedup" in r else "-",
+    "beside a busy core": lambda r: f"{r['busy_slowdown']:.2f}" if "busy_slowdown" in r else "-",
+    "KL": lambda r: number(r["kl"], 4) if "kl" in r else "-",
+    "top-1": lambda r: number(r["top1"], 3) if "top1" in r else "-",
+}
+
+
+def section() -> str:
+    parts = []
+    for content in of_devices("peers"):
+        files = [r for r in content["results"] if r["loop"] == "llama.cpp"]
+        rows = [{**r, "match": matches(r, files)} for r in content["results"] if r["loop"] != "llama.cpp"]
+        parts.append(
+            f"### {content['settings']['model']}\n\n{source(content)}\n\n{table(rows, COLUMNS)}\n{peers(content)}"
+        )
+    body = "\n".join(parts)
+    return f"""## Beside llama.cpp (CPU)
+
+Tokens per second as multiples of llama.cpp's on the same machine, in turn, with its file of about as many bits; the two
+`generate()` rows are transformers' own loop. `8 at once`: tokens per second of eight sequences over those of one.
+`beside a busy core`: seconds over those without. KL and top-1 from the dense model on 2,048 held-out tokens.
+
+{body}"""
+
+
+def of_files(files: list[Row]) -> str:
+    """What the files are worth beside each other and in quality."""
+    slowest = min(files, key=lambda r: r["decode_tok_s"])
+    columns: Columns = {
+        "llama.cpp's": lambda r: r["model"].removesuffix(".gguf").upper(),
+        f"decode x {slowest['model'].removesuffix('.gguf').upper()}": lambda r: (
+            f"{r['decode_tok_s'] / slowest['decode_tok_s']:.2f}"
+        ),
+        "KL": lambda r: number(r["kl"], 4),
+        "top-1": lambda r: number(r["top1"], 3),
+    }
+    return f"\n{table(files, columns)}\n"
+
+
+if __name__ == "__main__":
+    main()
