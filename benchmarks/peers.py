@@ -123,7 +123,7 @@ def section() -> str:
         files = [r for r in content["results"] if r["loop"] == "llama.cpp"]
         rows = [{**r, "match": matches(r, files)} for r in content["results"] if r["loop"] != "llama.cpp"]
         parts.append(
-            f"### {content['settings']['model']}\n\n{source(content)}\n\n{table(rows, COLUMNS)}\n{peers(content)}"
+            f"### {content['settings']['model']}\n\n{source(content)}\n\n{table(rows, COLUMNS)}\n{of_files(files)}"
         )
     body = "\n".join(parts)
     return f"""## Beside llama.cpp (CPU)
