@@ -12,7 +12,15 @@ from rankgate.ops.cpu import quantized as cpu
 from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement, pack_nibbles, unpack_nibbles
 
 SHAPES = ((1, 1), (3, 64), (65, 70), (200, 63), (37, 130), (129, 577), (960, 576))
+STEPS = {cpu.VNNI: 16319, cpu.SHORT: 32767, cpu.PLAIN: 32767}  # of x to each side of 0
 FLOAT32_STEPS = 64  # how many roundings of the largest partial sum float32 may be off by
+
+
+@pytest.fixture(params=cpu.PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Each way to multiply that this processor has."""
+    monkeypatch.setattr(cpu, "PATHS", [request.param])
+    return int(request.param)
 
 
 def group(m: int, n: int, bits: int = 4, *, zero: bool = False, rank: int = 0, opened: float = 0.0) -> QuantizedGroup:
@@ -38,10 +46,10 @@ def group(m: int, n: int, bits: int = 4, *, zero: bool = False, rank: int = 0, o
 
 
 def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
-    """How far the kernel may be off, per output: 16 bits for x in each block of 64, and float32 rounding."""
+    """How far the kernel may be off, per output: 15 or 16 bits for x in each block of 64, and float32 rounding."""
     padded = torch.nn.functional.pad(x.abs(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     largest = padded.amax(-1).repeat_interleave(GROUP, -1)[..., : x.shape[-1]]
-    rounding = (largest / 65534) @ quantized.base.dequantize().abs().T
+    rounding = (largest / (2 * STEPS[cpu.PATHS[0]])) @ quantized.base.dequantize().abs().T
     whole = quantized.base.dequantize().abs()
     if quantized.low_rank is not None:
         factors = quantized.low_rank
@@ -57,7 +65,7 @@ def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize(("rank", "opened"), [(0, 0.0), (16, 0.0), (5, 0.3), (8, 1.0), (0, 0.01)])
 def test_kernel_is_the_oracle_within_the_derived_bound(
-    shape: tuple[int, int], bits: int, zero: bool, rank: int, opened: float
+    path: int, shape: tuple[int, int], bits: int, zero: bool, rank: int, opened: float
 ) -> None:
     quantized = group(*shape, bits, zero=zero, rank=rank, opened=opened)
     for tokens in (1, 3):
@@ -66,10 +74,10 @@ def test_kernel_is_the_oracle_within_the_derived_bound(
         assert ((quantized(x) - quantized.reference(x)).abs() <= bound(quantized, x)).all()
 
 
-def test_float32_rounding_alone_where_x_has_16_bits() -> None:
-    quantized = group(100, 192, rank=8)
-    x = torch.randint(-32767, 32768, (1, 192), generator=torch.Generator().manual_seed(0)).float()
-    x[:, ::GROUP] = 32767
+def test_float32_rounding_alone_where_x_has_few_bits(path: int) -> None:
+    quantized, top = group(100, 192, rank=8), STEPS[path]
+    x = torch.randint(-top, top + 1, (1, 192), generator=torch.Generator().manual_seed(0)).float()
+    x[:, ::GROUP] = top
     error = (quantized(x) - quantized.reference(x)).abs()
     assert (error <= FLOAT32_STEPS * 6e-8 * (x.abs() @ quantized.base.dequantize().abs().T)).all()
 
@@ -100,13 +108,13 @@ def test_many_tokens_take_the_unpacked_matrix() -> None:
             torch.testing.assert_close(quantized(x), quantized.reference(x))
 
 
-def test_no_channel_open_and_x_of_zero() -> None:
+def test_no_channel_open_and_x_of_zero(path: int) -> None:
     quantized = group(70, 70, rank=4, opened=0.5)
     assert (quantized(torch.zeros(1, 70)) == 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_is_not_hidden(value: float) -> None:
+def test_a_value_that_is_not_finite_is_not_hidden(path: int, value: float) -> None:
     x = torch.ones(1, 70)
     x[0, 69] = value
     assert torch.isnan(group(65, 70, rank=4, opened=0.5)(x)).all()

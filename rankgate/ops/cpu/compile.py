@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numba
 from numba import types
+from numba.core.ccallback import CFunc
 
 # sums in any order, but a value that is not finite stays one
 FAST = frozenset({"reassoc", "contract", "nsz", "arcp", "afn"})
@@ -54,17 +56,30 @@ class _Forgiving:
         return getattr(self.cache, name)
 
 
-def jit(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
-    """`numba.njit`, as all functions of this package are compiled: `@jit` or `@jit(inline="always")`."""
-    if function is None:
-        return lambda f: jit(f, **options)
-    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=set(FAST), **options)(function)
+def _cached(compiled: Any) -> None:
+    """Let what Numba compiles be kept on disk, until a file of this package changes: functions here call each other."""
     try:
         compiled.enable_caching()
     except (RuntimeError, OSError) as error:
         _warn(error)
     else:
+        compiled._cache._cache_file._source_stamp = _stamp()
         compiled._cache = _Forgiving(compiled._cache)
+
+
+@cache
+def _stamp() -> tuple[float, int]:
+    """Of all files beside this one, as Numba has it of one: the latest change, and the size."""
+    found = [path.stat() for path in Path(__file__).parent.glob("*.py")]
+    return max(f.st_mtime for f in found), sum(f.st_size for f in found)
+
+
+def jit(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """`numba.njit`, as all functions of this package are compiled: `@jit` or `@jit(inline="always")`."""
+    if function is None:
+        return lambda f: jit(f, **options)
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=set(FAST), **options)(function)
+    _cached(compiled)
     return compiled
 
 
@@ -80,18 +95,11 @@ class Kernel:
 
     @cached_property
     def _compiled(self) -> Any:
-        compile_it = numba.cfunc
-        signature = types.void(types.int64, types.int64)
-        options = {"error_model": "numpy", "fastmath": set(FAST), "nopython": True}
-        try:
-            return compile_it(signature, cache=True, **options)(self.function)
-        except OSError as error:
-            _warn(error)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            _warn(error)
-        return compile_it(signature, **options)(self.function)
+        options = {"nopython": True, "error_model": "numpy", "fastmath": set(FAST)}
+        compiled = CFunc(self.function, ((types.int64, types.int64), types.void), {}, options)
+        _cached(compiled)
+        compiled.compile()
+        return compiled
 
     @cached_property
     def address(self) -> int:

@@ -1,12 +1,13 @@
 """One token on the CPU: the matrix-vector product of a quantised input group, straight from its packed bytes.
 
 At batch 1 a layer costs what its bytes cost to read, so codes are unpacked in registers and never stored. A whole
-group (q/k/v, gate/up) is one program (`team`): x in 16 bits, z = B x and the list of open channels are small and come
-first, then threads take chunks of 64 rows and do for them Q x, A z and the open columns of the refinement plane.
+group (q/k/v, gate/up) is two rows of a program (`team`): x as integers, z = B x and the list of open channels are small
+and come first, then threads take chunks of rows and do for them Q x, A z and the open columns of the refinement plane.
 Channels whose gate is closed are not read.
 
-The result is `QuantizedGroup.reference` but for float32 rounding and the 16-bit x: in each block of 64 inputs x is
-rounded to steps of max|x| / 32767, so row i is off by at most Σ_blocks max|x| / 65534 · Σ_j |Q_ij|.
+The result is `QuantizedGroup.reference` but for float32 rounding and integer x: in each block of 64 inputs x is rounded
+to steps of max|x| / 16319 (8-bit dot products, `vnni`) or max|x| / 32767 (16-bit ones, processors without them), so row
+i is off by at most half a step of each block times Σ_j |Q_ij|.
 
 A group is described to the kernel by a table of addresses: unpacking ten tensors would cost more than a small product.
 Numba compiles at the first call, some seconds, and keeps the result on disk.
@@ -15,14 +16,13 @@ Numba compiles at the first call, some seconds, and keeps the result on disk.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
 
-from rankgate.ops.cpu import team
+from rankgate.ops.cpu import team, vnni
 from rankgate.ops.cpu.compile import Kernel, jit
 from rankgate.ops.cpu.vector import (
     GROUP,
@@ -31,31 +31,38 @@ from rankgate.ops.cpu.vector import (
     byte_pointer,
     column_order,
     dot_bytes,
+    dot_bytes_four,
     float_pointer,
-    int_pointer,
-    integer_pointer,
     prefetch_columns,
     read_bfloat16,
     read_float,
     read_int8,
     read_int32,
     read_int64,
-    row_dot_bytes,
-    row_dot_bytes_zero,
-    row_dot_nibbles,
-    row_dot_nibbles_zero,
+    row_dot,
     row_order,
-    short_pointer,
     write_float,
+    write_int16,
+    write_int32,
     write_int64,
 )
+from rankgate.ops.cpu.vnni import rows_dot, split_x
 from rankgate.quantized import NIBBLE_ZERO, table_of
 
 # words of `quantized.table_of`
 M, N, BITS, RANK, CODES, SCALE, ZERO, A, B, COMPONENT, PLANE, ROW, COLUMN, THRESHOLD = range(14)
+TABLE_WORDS = 14
+# words of the arguments of `prepare` and `multiply`: the table, x and y, float32; what the first hands to the second:
+# x as codes, z, channels and coefficients, and how many channels are open, or -1 if x is not finite; how codes meet x,
+# and the rows of a chunk
+TABLE, X, Y, ROUNDED, Z, CHANNELS, COEFFICIENTS, OPEN, PATH, ROWS = range(10)
+PLAIN, SHORT, VNNI = range(3)
+PATHS = [VNNI] * vnni.AVAILABLE + [SHORT, PLAIN]  # that this processor has, the best first
 ROW_ORDER, COLUMN_ORDER = np.array(row_order()), np.array(column_order())
 MOST_PARTS = 256  # chunks of an unpacked matrix
-LARGEST = np.float32(32767)
+MOST_CHUNKS = 1024  # of a product
+LARGE = 1 << 15  # blocks of a matrix that takes chunks of 64 rows, else 32
+LARGEST, SMALLEST = np.float32(32767), np.float32(1e-30)  # code of x; and x that is not 0
 EXPONENT = np.int32(0x7F800000)
 
 
@@ -69,64 +76,99 @@ def _is_finite(x: int, n: int) -> bool:
 
 
 @jit
-def _round_blocks(table: int, x: int, codes: Any, scale: Any, shifts: Any) -> None:
-    """X as 16-bit codes with a scale per block, and per block what `row_dot` adds to Σ q x for the zero."""
-    n, bits, zero = read_int64(table, 8 * N), read_int64(table, 8 * BITS), read_int64(table, 8 * ZERO)
+def _round_blocks(x: int, n: int, bits: int, zero: int, out: int) -> bool:
+    """X (n, float32) for `_short_row`: 16-bit codes with a scale per block, and what is added to Σ q c for the zero.
+
+    Like `vnni.split_x`, from which this is the way of processors without it: where codes, scales and sums lie, see
+    `_places`.
+    """
+    if not _is_finite(x, n):
+        return False
+    blocks = (n + GROUP - 1) // GROUP
+    codes, scale, shifts = _places(out, blocks)
     block = np.zeros(GROUP, np.float32)
-    for g in range(scale.size):
+    for g in range(blocks):
         start, count = g * GROUP, min(GROUP, n - g * GROUP)
         block[count:] = 0
         largest = np.float32(0)
         for i in range(count):
             block[i] = read_float(x, 4 * (start + i))
             largest = max(largest, abs(block[i]))
-        scale[g] = largest / LARGEST
-        inverse = LARGEST / largest if largest > 0 else np.float32(0)
+        write_float(scale, 4 * g, largest / LARGEST)
+        inverse = LARGEST / largest if largest > SMALLEST else np.float32(0)
         total = np.int32(0)
         for i in range(GROUP):
             code = np.int32(np.rint(block[ROW_ORDER[i] if bits == 4 else i] * inverse))
-            codes[start + i] = code
+            write_int16(codes, 2 * (start + i), np.int16(code))
             total += code
-        shifts[g] = -total if zero else -8 * total if bits == 4 else 0
+        write_int32(shifts, 4 * g, np.int32(-total * (1 if zero < 0 else zero)))
+    return True
 
 
 @jit
-def _project(table: int, x: int, z: Any) -> None:
+def _places(out: int, blocks: int) -> tuple[int, int, int]:
+    """Codes, scales and sums of `_round_blocks`."""
+    return out, out + 2 * GROUP * blocks, out + (2 * GROUP + 4) * blocks
+
+
+@jit
+def _project(table: int, x: int, z: int) -> None:
     """Z = s B x."""
-    n, factor, component = read_int64(table, 8 * N), read_int64(table, 8 * B), read_int64(table, 8 * COMPONENT)
-    for c in range(z.size):
-        total = dot_bytes(factor + c * n, x, n // LANES)
+    n, rank = read_int64(table, 8 * N), read_int64(table, 8 * RANK)
+    factor, component = read_int64(table, 8 * B), read_int64(table, 8 * COMPONENT)
+    for c in range(0, rank // 4 * 4, 4):
+        dot_bytes_four(factor + c * n, n, x, n // LANES, z + 4 * c)
+    for c in range(rank // 4 * 4, rank):
+        dot_bytes(factor + c * n, n, x, n // LANES, z + 4 * c)
+    for c in range(rank):
+        total = read_float(z, 4 * c)
         for j in range(n // LANES * LANES, n):
             total += read_int8(factor, c * n + j) * read_float(x, 4 * j)
-        z[c] = total * read_float(component, 4 * c)
+        write_float(z, 4 * c, total * read_float(component, 4 * c))
 
 
 @jit
-def _open_channels(table: int, x: int, channels: Any, coefficients: Any) -> int:
+def _open_channels(table: int, x: int, channels: int, coefficients: int) -> int:
     """The channels whose gate is open, what each column is multiplied with, and how many there are."""
     threshold, column = read_int64(table, 8 * THRESHOLD), read_int64(table, 8 * COLUMN)
     count = 0
-    for j in range(channels.size):
+    for j in range(read_int64(table, 8 * N)):
         value = read_float(x, 4 * j)
-        if abs(value) > read_bfloat16(threshold, 2 * j):
-            channels[count] = j
-            coefficients[count] = value * read_bfloat16(column, 2 * j)
-            count += 1
+        write_int64(channels, 8 * count, j)
+        write_float(coefficients, 4 * count, value * read_bfloat16(column, 2 * j))
+        count += abs(value) > read_bfloat16(threshold, 2 * j)
     return count
 
 
 @jit
-def _base_row(table: int, r: int, x: int, x_scale: int, shifts: int, blocks: int) -> float:
-    """Row r of Q x."""
+def _short_rows(table: int, start: int, stop: int, x: int, z: int, y: int, plain: bool) -> None:
+    """Rows `start` to `stop` of Q x + A z, without the last columns of A that are not 16; x: `_round_blocks`."""
     codes, scale, zero = read_int64(table, 8 * CODES), read_int64(table, 8 * SCALE), read_int64(table, 8 * ZERO)
-    i = r * blocks
-    if read_int64(table, 8 * BITS) == 4:
-        if zero:
-            return row_dot_nibbles_zero(codes + 32 * i, scale + 2 * i, zero + i, x, x_scale, shifts, blocks)
-        return row_dot_nibbles(codes + 32 * i, scale + 2 * i, zero, x, x_scale, shifts, blocks)
-    if zero:
-        return row_dot_bytes_zero(codes + 64 * i, scale + 2 * i, zero + i, x, x_scale, shifts, blocks)
-    return row_dot_bytes(codes + 64 * i, scale + 2 * i, zero, x, x_scale, shifts, blocks)
+    rank, bits = read_int64(table, 8 * RANK), read_int64(table, 8 * BITS)
+    blocks = (read_int64(table, 8 * N) + GROUP - 1) // GROUP
+    variant = (bits == 4) + 2 * (zero != 0) + 4 * plain
+    x_codes, x_scale, shifts = _places(x, blocks)
+    low = np.empty(1, np.float32)
+    for r in range(start, stop):
+        i = r * blocks
+        value = row_dot(variant, codes + 8 * bits * i, scale + 2 * i, zero + i, x_codes, x_scale, shifts, blocks)
+        dot_bytes(read_int64(table, 8 * A) + r * rank, rank, z, rank // 16 * 2, low.ctypes.data)
+        write_float(y, 4 * r, value + low[0])
+
+
+@jit
+def _vnni_rows(table: int, start: int, stop: int, x: int, z: int, y: int) -> None:
+    """The same; x: `split_x`."""
+    codes, scale, zero = read_int64(table, 8 * CODES), read_int64(table, 8 * SCALE), read_int64(table, 8 * ZERO)
+    rank, factor, bits = read_int64(table, 8 * RANK), read_int64(table, 8 * A), read_int64(table, 8 * BITS)
+    blocks = (read_int64(table, 8 * N) + GROUP - 1) // GROUP
+    variant = (bits == 4) + 2 * (zero != 0)
+    r = start
+    while r < stop:
+        i, four = r * blocks, r + 4 <= stop
+        s, a, out = scale + 2 * i, factor + r * rank, y + 4 * r
+        rows_dot(variant + 4 * four, codes + 8 * bits * i, s, zero + i, blocks, x, a, z, rank, out)
+        r += 4 if four else 1
 
 
 @jit
@@ -156,51 +198,55 @@ def _refine(table: int, chunk: int, stop: int, channels: int, coefficients: int,
 
 
 @Kernel
-def _prepare(arguments: int, _: int) -> None:
-    """What all chunks share: x in 16 bits, z = B x and the open channels. For the arguments see `gemv`."""
-    table, x = read_int64(arguments, 0), read_int64(arguments, 8)
-    n, rank = read_int64(table, 8 * N), read_int64(table, 8 * RANK)
-    blocks = (n + GROUP - 1) // GROUP
-    finite = _is_finite(x, n)
-    count = 0
+def prepare(arguments: int, _: int) -> None:
+    """What all chunks share: x as codes, z = B x and the open channels. For the arguments see `product`."""
+    table, x = read_int64(arguments, 8 * TABLE), read_int64(arguments, 8 * X)
+    n, bits = read_int64(table, 8 * N), read_int64(table, 8 * BITS)
+    zero = -1 if read_int64(table, 8 * ZERO) else 8 if bits == 4 else 0
+    codes = read_int64(arguments, 8 * ROUNDED)
+    if read_int64(arguments, 8 * PATH) == VNNI:
+        finite = split_x(x, n, bits, zero, codes)
+    else:
+        finite = _round_blocks(x, n, bits, zero, codes)
+    count = -1
     if finite:
-        codes = carray(short_pointer(read_int64(arguments, 24)), blocks * GROUP)
-        scale = carray(float_pointer(read_int64(arguments, 32)), blocks)
-        shifts = carray(int_pointer(read_int64(arguments, 40)), blocks)
-        _round_blocks(table, x, codes, scale, shifts)
-        _project(table, x, carray(float_pointer(read_int64(arguments, 48)), rank))
+        count = 0
+        _project(table, x, read_int64(arguments, 8 * Z))
         if read_int64(table, 8 * PLANE):
-            channels = carray(integer_pointer(read_int64(arguments, 56)), n)
-            count = _open_channels(table, x, channels, carray(float_pointer(read_int64(arguments, 64)), n))
-    write_int64(arguments, 72, count if finite else -1)
+            channels, coefficients = read_int64(arguments, 8 * CHANNELS), read_int64(arguments, 8 * COEFFICIENTS)
+            count = _open_channels(table, x, channels, coefficients)
+    write_int64(arguments, 8 * OPEN, count)
 
 
 @Kernel
-def _multiply(arguments: int, chunk: int) -> None:
-    """64 rows of y. For the arguments see `gemv`."""
-    table, y, codes = read_int64(arguments, 0), read_int64(arguments, 16), read_int64(arguments, 24)
-    scale, shifts, z = read_int64(arguments, 32), read_int64(arguments, 40), read_int64(arguments, 48)
-    channels, coefficients = read_int64(arguments, 56), read_int64(arguments, 64)
-    count = read_int64(arguments, 72)
-    m, n = read_int64(table, 8 * M), read_int64(table, 8 * N)
-    rank, factor = read_int64(table, 8 * RANK), read_int64(table, 8 * A)
-    blocks = (n + GROUP - 1) // GROUP
-    start, stop = chunk * GROUP, min(chunk * GROUP + GROUP, m)
+def multiply(arguments: int, chunk: int) -> None:
+    """A chunk of y, after `prepare`. For the arguments see `product`."""
+    table, y = read_int64(arguments, 8 * TABLE), read_int64(arguments, 8 * Y)
+    count, path, z = read_int64(arguments, 8 * OPEN), read_int64(arguments, 8 * PATH), read_int64(arguments, 8 * Z)
+    m, rank = read_int64(table, 8 * M), read_int64(table, 8 * RANK)
+    x, rows = read_int64(arguments, 8 * ROUNDED), read_int64(arguments, 8 * ROWS)
+    start, stop = chunk * rows, min(chunk * rows + rows, m)
     if count < 0:
         for r in range(start, stop):
             write_float(y, 4 * r, np.float32(np.nan))
         return
-    if count:
-        address, stride = _columns_of(table, start)
-        prefetch_columns(address, stride, channels, count)
-    for r in range(start, stop):
-        value = _base_row(table, r, codes, scale, shifts, blocks)
-        value += dot_bytes(factor + r * rank, z, rank // LANES)
-        for c in range(rank // LANES * LANES, rank):
-            value += read_int8(factor, r * rank + c) * read_float(z, 4 * c)
-        write_float(y, 4 * r, value)
-    if count:
-        _refine(table, start, stop, channels, coefficients, count, y)
+    channels, coefficients = read_int64(arguments, 8 * CHANNELS), read_int64(arguments, 8 * COEFFICIENTS)
+    for first in range(start, stop, GROUP):
+        end = min(first + GROUP, stop)
+        if count:
+            address, stride = _columns_of(table, first)
+            prefetch_columns(address, stride, channels, count)
+        if path == VNNI:
+            _vnni_rows(table, first, end, x, z, y)
+        else:
+            _short_rows(table, first, end, x, z, y, path == PLAIN)
+        for r in range(first, end):
+            value = read_float(y, 4 * r)
+            for c in range(rank // 16 * 16, rank):
+                value += read_int8(read_int64(table, 8 * A), r * rank + c) * read_float(z, 4 * c)
+            write_float(y, 4 * r, value)
+        if count:
+            _refine(table, first, end, channels, coefficients, count, y)
 
 
 @Kernel
@@ -238,23 +284,30 @@ def unpack(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int) -> Tensor:
     return out[:, :n]
 
 
-def gemv(x: Tensor, table: int, m: int) -> Tensor:
-    """y (…, m) for each token of x (…, n); `table` is the address of a `table_of`.
+class Product:
+    """One product as two rows of a program, its x and y to be given, and the memory that they need."""
 
-    The arguments of both kernels: table, x, y; then what the first hands to the second: x as codes (int16), scales and
-    shifts, z, channels and coefficients, and how many channels are open, or -1 if x is not finite.
-    """
+    def __init__(self, table: int) -> None:
+        m, n, _, rank, *parts = (ctypes.c_int64 * TABLE_WORDS).from_address(table)
+        blocks, plane = -(-n // GROUP), parts[PLANE - CODES]
+        sizes = [256 * blocks, 4 * rank, *((8 * n + 8, 4 * n + 8) if plane else (0, 0))]
+        self.scratch = np.empty(sum(sizes) + 64 * len(sizes), np.uint8)
+        ends = np.cumsum([0] + [-(-size // 64) * 64 for size in sizes]) + -(-self.scratch.ctypes.data // 64) * 64
+        rows = GROUP if plane or m * blocks > LARGE else GROUP // 2
+        rows = -(-m // (MOST_CHUNKS * rows)) * rows
+        self.arguments = np.array([table, 0, 0, *ends[:4], 0, PATHS[0], rows], np.int64)
+        self.rows = [team.row(prepare, self.arguments, 1), team.row(multiply, self.arguments, -(-m // rows))]
+
+
+def gemv(x: Tensor, table: int, m: int) -> Tensor:
+    """y (…, m) for each token of x (…, n); `table` is the address of a `table_of`."""
     wide = x.detach().float().contiguous()
     y = torch.empty((*x.shape[:-1], m))
     n = x.shape[-1]
-    blocks = -(-n // GROUP)
-    rank = int(ctypes.c_int64.from_address(table + 8 * RANK).value)
-    scratch = np.empty(blocks * GROUP + blocks * 2 + rank + 3 * n + 8, np.int64)
-    starts = np.cumsum([0, blocks * GROUP, blocks, blocks, rank, n]) * 8 + scratch.ctypes.data
-    words = np.array([table, 0, 0, *starts, 0], np.int64)
-    program = np.array([team.row(_prepare, words, 1), team.row(_multiply, words, -(-m // GROUP))], np.int64)
+    product = Product(table)
+    program = np.array(product.rows, np.int64)
     for token in range(x.numel() // n):
-        words[1], words[2] = wide.data_ptr() + 4 * n * token, y.data_ptr() + 4 * m * token
+        product.arguments[[X, Y]] = wide.data_ptr() + 4 * n * token, y.data_ptr() + 4 * m * token
         team.run(program)
     return y.to(x.dtype)
 

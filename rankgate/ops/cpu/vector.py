@@ -87,9 +87,9 @@ def _short_bytes(builder: Any, address: Any, offset: Any) -> list[Any]:
     return [builder.sext(part, SHORTS) for part in raw]
 
 
-def _add_products(builder: Any, a: Any, b: Any, total: Any) -> Any:
+def _add_products(builder: Any, a: Any, b: Any, total: Any, plain: bool) -> Any:
     """total + a_even b_even + a_odd b_odd: 16-bit lanes to 32-bit lanes (`pmaddwd`)."""
-    if HAS_PMADDWD:
+    if HAS_PMADDWD and not plain:
         kind = ir.FunctionType(WORDS, [SHORTS, SHORTS])
         multiply = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd")
         return builder.add(total, builder.call(multiply, [a, b]))
@@ -113,60 +113,73 @@ def _float_nibbles(builder: Any, address: Any, offset: Any) -> list[Any]:
     return vectors
 
 
-def _row_dot(load: Callable[[Any, Any, Any], list[Any]], width: int, has_zero: bool) -> Any:
-    @intrinsic
-    def row_dot(_: Any, codes: Any, scale: Any, zero: Any, x: Any, x_scale: Any, shifts: Any, blocks: Any) -> Any:
-        """Σ over blocks of s s_x (Σ q x + shift) for one row.
-
-        Addresses of its codes, bfloat16 scales and int8 zeros; of x (int16), its float32 scales, and one int32 shift
-        per block: −z Σ x where all rows share the zero z, and −Σ x, to be times z, where each block has its own.
-        """
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            codes, scale, zero, x, x_scale, shifts, blocks = arguments
-            total = cgutils.alloca_once_value(builder, _constant(0.0))
-            with cgutils.for_range(builder, blocks) as loop:
-                g = loop.index
-                shift = _load(builder, shifts, _times(builder, g, 4), WORD)
-                if has_zero:
-                    shift = builder.mul(shift, builder.sext(_load(builder, zero, g, BYTE), WORD))
-                dot = builder.insert_element(_constant(0, WORDS), shift, WORD(0))
-                for i, w in enumerate(load(builder, codes, _times(builder, g, width))):
-                    offset = builder.add(_times(builder, g, 2 * GROUP), g.type(2 * PAIRS * i))
-                    dot = _add_products(builder, w, _load(builder, x, offset, SHORTS), dot)
-                s = builder.fmul(
-                    _bfloat16(builder, scale, _times(builder, g, 2)),
-                    _load(builder, x_scale, _times(builder, g, 4), FLOAT),
-                )
-                builder.store(
-                    _fma(builder, _splat(builder, s), builder.sitofp(dot, FLOATS), builder.load(total)), total
-                )
-            return _sum(builder, builder.load(total))
-
-        return types.float32(codes, scale, zero, x, x_scale, shifts, blocks), codegen
-
-    return row_dot
-
-
-row_dot_nibbles, row_dot_nibbles_zero = (_row_dot(_short_nibbles, GROUP // 2, zero) for zero in (False, True))
-row_dot_bytes, row_dot_bytes_zero = (_row_dot(_short_bytes, GROUP, zero) for zero in (False, True))
+def _row_dot(builder: Any, variant: int, arguments: list[Any]) -> Any:
+    nibbles, has_zero, plain = (bool(variant & bit) for bit in (1, 2, 4))
+    codes, scale, zero, x, x_scale, shifts, blocks = arguments
+    load, width = (_short_nibbles, GROUP // 2) if nibbles else (_short_bytes, GROUP)
+    total = cgutils.alloca_once_value(builder, _constant(0.0))
+    with cgutils.for_range(builder, blocks) as loop:
+        g = loop.index
+        shift = _load(builder, shifts, _times(builder, g, 4), WORD)
+        if has_zero:
+            shift = builder.mul(shift, builder.sext(_load(builder, zero, g, BYTE), WORD))
+        dot = builder.insert_element(_constant(0, WORDS), shift, WORD(0))
+        for i, w in enumerate(load(builder, codes, _times(builder, g, width))):
+            offset = builder.add(_times(builder, g, 2 * GROUP), g.type(2 * PAIRS * i))
+            dot = _add_products(builder, w, _load(builder, x, offset, SHORTS), dot, plain)
+        s = builder.fmul(
+            _bfloat16(builder, scale, _times(builder, g, 2)),
+            _load(builder, x_scale, _times(builder, g, 4), FLOAT),
+        )
+        builder.store(_fma(builder, _splat(builder, s), builder.sitofp(dot, FLOATS), builder.load(total)), total)
+    return _sum(builder, builder.load(total))
 
 
 @intrinsic
-def dot_bytes(_: Any, codes: Any, x: Any, eighths: Any) -> Any:
-    """Σ q x over 8 · `eighths` signed bytes."""
+def row_dot(_: Any, variant: Any, codes: Any, scale: Any, zero: Any, x: Any, x_scale: Any, shifts: Any, n: Any) -> Any:
+    """Σ over n blocks of s s_x (Σ q x + shift) for one row.
+
+    Addresses of its codes, bfloat16 scales and int8 zeros; of x (int16), its float32 scales, and one int32 shift
+    per block: −z Σ x where all rows share the zero z, and −Σ x, to be times z, where each block has its own.
+    variant: 1 for nibbles + 2 for a zero to each block + 4 for arithmetic that every processor has.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, x, eighths = arguments
-        total = cgutils.alloca_once_value(builder, _constant(0.0))
-        with cgutils.for_range(builder, eighths) as loop:
-            raw = _load(builder, codes, _times(builder, loop.index, LANES), ir.VectorType(BYTE, LANES))
-            w = builder.sitofp(builder.sext(raw, WORDS), FLOATS)
-            values = _load(builder, x, _times(builder, loop.index, 4 * LANES), FLOATS)
-            builder.store(_fma(builder, w, values, builder.load(total)), total)
-        return _sum(builder, builder.load(total))
+        value = cgutils.alloca_once_value(builder, FLOAT(0.0))
+        for number in range(8):
+            with builder.if_then(builder.icmp_signed("==", arguments[0], arguments[0].type(number))):
+                builder.store(_row_dot(builder, number, arguments[1:]), value)
+        return builder.load(value)
 
-    return types.float32(codes, x, eighths), codegen
+    return types.float32(*(types.int64,) * 8), codegen
+
+
+def _dot_bytes(rows: int) -> Any:
+    @intrinsic
+    def dot_bytes(_: Any, codes: Any, stride: Any, x: Any, eighths: Any, out: Any) -> Any:
+        """out[row] = Σ q x over 8 · `eighths` signed bytes, in rows `stride` bytes apart; `out` and x are float32."""
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes, stride, x, eighths, out = arguments
+            totals = [cgutils.alloca_once_value(builder, _constant(0.0)) for _ in range(rows)]
+            starts = [builder.add(codes, _times(builder, stride, r)) for r in range(rows)]
+            with cgutils.for_range(builder, eighths) as loop:
+                values = _load(builder, x, _times(builder, loop.index, 4 * LANES), FLOATS)
+                for total, start in zip(totals, starts, strict=True):
+                    raw = _load(builder, start, _times(builder, loop.index, LANES), ir.VectorType(BYTE, LANES))
+                    w = builder.sitofp(builder.sext(raw, WORDS), FLOATS)
+                    builder.store(_fma(builder, w, values, builder.load(total)), total)
+            for r, total in enumerate(totals):
+                address = builder.inttoptr(builder.add(out, out.type(4 * r)), FLOAT.as_pointer())
+                builder.store(_sum(builder, builder.load(total)), address, align=1)
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 5), codegen
+
+    return dot_bytes
+
+
+dot_bytes, dot_bytes_four = _dot_bytes(1), _dot_bytes(4)
 
 
 @intrinsic
@@ -245,7 +258,8 @@ def _writer(kind: Any) -> Any:
     return write
 
 
-write_float, write_int64 = _writer(types.float32), _writer(types.int64)
+write_float, write_int16 = _writer(types.float32), _writer(types.int16)
+write_int32, write_int64 = _writer(types.int32), _writer(types.int64)
 
 
 def _pointer_to(kind: Any) -> Any:
