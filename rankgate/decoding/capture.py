@@ -8,7 +8,7 @@ prompt does the same: the same operations, in the same order, on tensors of the 
 
 of the parameters (by reference: changes in place are seen), of a preallocated cache, and of nothing else. Attention and
 the cache write become one operation per layer (`ops.attention`), reached through transformers' attention registry. On
-the CPU the list runs as a Python function; on a GPU it becomes a CUDA graph (`recorded`).
+the CPU the list becomes programs for a team of threads (`native`); on a GPU it becomes a CUDA graph (`recorded`).
 
 What Python decided during the trace is frozen. So the trace is refused (`Uncapturable`) where a decision could differ
 for another token: a branch on a tensor's value; a result whose shape depends on values; a mask, window or argument of
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -31,29 +30,10 @@ from transformers.cache_utils import Cache
 
 from rankgate.attention.cache import CountedLayer
 from rankgate.attention.registry import beyond_plain, is_plainly_causal
-from rankgate.ops.cpu.attention import attend
-from rankgate.ops.cpu.fused import fuse
-from rankgate.ops.cpu.quantized import gemv
 
 Step = Callable[[Tensor, Tensor], Tensor]  # logits (tokens, vocabulary) from tokens and positions, (1, tokens) int64
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
 POSITIONS = 2, 5  # where the two traces begin
-BOUND = {
-    "default",
-    "Tensor",
-    "Scalar",
-    "dim",
-    "int",
-    "Tensor_Scalar",
-    "dtype",
-}  # overloads with a binding of the same arguments
-
-
-GEMV = torch.ops.rankgate.quantized_gemv.default
-KERNELS: dict[Any, Callable[..., Any]] = {
-    torch.ops.rankgate.attend.default: attend,
-    GEMV: gemv,
-}
 
 
 class Uncapturable(Exception):
@@ -227,23 +207,19 @@ class Capture:
             raise Uncapturable("what it computes in Python depends on the position")
         inputs = examples[0][0]
         _simplify(first, inputs)
-        self.threaded = bool(first.graph.find_nodes(op="call_function", target=GEMV))  # uses threads not torch's
-        self.bind: Callable[[list[Tensor]], Step]
+        self.bind: Callable[[list[Tensor], int], Step]
         if model.device.type == "cuda":
             from rankgate.decoding.recorded import Recorded
 
             self.bind = Recorded(first, inputs).bind
         else:
-            constants = [getattr(first, node.target) for node in first.graph.nodes if node.op == "get_attr"]
-            self.bind = functools.partial(_bound, _compile(first.graph), constants)
+            from rankgate.decoding.native import Native
 
-    def __call__(self, token: Tensor, position: Tensor, buffers: list[Tensor]) -> Tensor:
+            self.bind = Native(first, inputs).bind
+
+    def __call__(self, token: Tensor, position: Tensor, buffers: list[Tensor], threads: int = 1) -> Tensor:
         """Logits (tokens, vocabulary). token, position: (1, tokens) int64; buffers: keys and values, alternating."""
-        return self.bind(buffers)(token, position)
-
-
-def _bound(function: Callable[..., Tensor], constants: list[Tensor], buffers: list[Tensor]) -> Step:
-    return lambda token, position: function(token, position, *buffers, *constants)
+        return self.bind(buffers, threads)(token, position)
 
 
 def _same(a: fx.GraphModule, b: fx.GraphModule) -> bool:
@@ -267,7 +243,7 @@ def _same(a: fx.GraphModule, b: fx.GraphModule) -> bool:
 
 
 def _simplify(module: fx.GraphModule, inputs: list[Tensor]) -> None:
-    """Drop what is computed twice or returns its input, fuse chains; refuse shapes that depend on values."""
+    """Drop what is computed twice or returns its input; refuse shapes that depend on values."""
     graph = module.graph
     values: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
     written = any(node.is_impure() and getattr(node.target, "namespace", "") == "aten" for node in graph.nodes)
@@ -292,8 +268,6 @@ def _simplify(module: fx.GraphModule, inputs: list[Tensor]) -> None:
                 same = seen.setdefault((node.target, repr((node.args, node.kwargs))), node)
             _replace(node, same or node)
     graph.eliminate_dead_code()
-    if inputs[0].device.type == "cpu":  # elsewhere the compiler does
-        fuse(module, values)
     module.recompile()
 
 
@@ -317,34 +291,3 @@ def _identical(a: Any, b: Any) -> bool:
         and isinstance(b, Tensor)
         and (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
     )
-
-
-def _direct(target: Any) -> Callable[..., Any]:
-    """The cheapest way to call an operator: torch's own Python bindings skip a layer of argument handling."""
-    if target in KERNELS:
-        return KERNELS[target]
-    if not isinstance(target, torch._ops.OpOverload):  # operator.getitem, a fused chain
-        return cast(Callable[..., Any], target)
-    name = target._opname if target.namespace == "aten" and target._overloadname in BOUND else ""
-    home = next((home for home in (torch, torch._C._nn, Tensor) if hasattr(home, name)), None)
-    function: Callable[..., Any] = target._op if home is None else getattr(home, name)
-    return function
-
-
-def _compile(graph: fx.Graph) -> Callable[..., Tensor]:
-    """The graph as one Python function of its placeholders and then its constants."""
-    names: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
-    parameters = {op: [n.name for n in graph.nodes if n.op == op] for op in ("placeholder", "get_attr")}
-    last = {n: node for node in graph.nodes for n in node.all_input_nodes}
-    lines = [f"def step({', '.join(parameters['placeholder'] + parameters['get_attr'])}):"]
-    for node in graph.nodes:
-        if node.op == "output":
-            lines.append(f" return {node.args[0]}")
-        elif node.op == "call_function":
-            names[f"f_{node.name}"] = _direct(node.target)
-            arguments = [repr(a) for a in node.args] + [f"{k}={a!r}" for k, a in node.kwargs.items()]
-            lines.append(f" {node.name} = f_{node.name}({', '.join(arguments)})")
-            lines += [f" {n.name} = None" for n in node.all_input_nodes if last[n] is node and n.op == "call_function"]
-    exec("\n".join(lines), names)
-    step: Callable[..., Tensor] = names["step"]
-    return step

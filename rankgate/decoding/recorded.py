@@ -39,8 +39,8 @@ class Recorded:
             self.logits: Tensor = function(*inputs, *constants)
         self.constants = constants  # the graph holds their addresses
 
-    def bind(self, buffers: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """A step on the given keys and values."""
+    def bind(self, buffers: list[Tensor], _: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
+        """A step on the given keys and values; threads are none of its business."""
         from rankgate.ops.gpu.attention import table
 
         return functools.partial(self._replay, table(buffers))

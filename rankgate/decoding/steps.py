@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from rankgate.attention.cache import CountedLayer
 from rankgate.decoding.capture import Capture, Step, Uncapturable
+from rankgate.ops.cpu import team
 
 CAPACITY = 256  # tokens that a new cache has room for
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}  # of a capture's first logits, as a share of the largest
@@ -131,6 +132,7 @@ class Steps:
         self.captures: dict[int, Capture | None] = {}  # by tokens read at once; the model's, once they are known
         self.steps: dict[int, Step] = {}  # those of them that are bound to the cache of this capacity:
         self.capacity = 0
+        self.threads = 1 if input_ids.is_cuda else team.size()
 
     @property
     def ahead(self) -> bool:
@@ -208,8 +210,8 @@ class Steps:
         end = self.length - count + size
         if end > self.capacity or size not in self.steps:
             buffers = self._reserved(end)
-            self.steps[size] = capture.bind(buffers)
-        if capture.threaded:  # their threads and torch's, which wait by spinning, would share the cores
+            self.steps[size] = capture.bind(buffers, self.threads)
+        if not self.position.is_cuda:  # our threads and torch's, which wait by spinning, would share the cores
             torch.set_num_threads(1)
         with torch.inference_mode():
             return self.steps[size](ids, positions)

@@ -16,7 +16,8 @@ registers what it does better, below; nobody above chooses between kernels.
     round_block           CUDA    -       ops/gpu/rounding.py    while converting
 
 A device that is missing, another number of tokens, or a dtype that a kernel does not take: the definition. Beside the
-operators, captured steps on a CPU have chains of small operations in one call (`ops/cpu/fused.py`).
+operators, captured steps on a CPU have dense products (`ops/cpu/dense.py`) and chains of functions of every element
+(`ops/cpu/elementwise.py`), as rows of a program that threads share (`ops/cpu/team.py`).
 """
 
 from rankgate.ops import attention, rounding  # isort: split

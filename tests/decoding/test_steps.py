@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LLAMA, calibrated, tiny_model, tokens
+from conftest import LLAMA, calibrated, tokens
 from test_decode import CAPTURED, METHODS, both, variant
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
@@ -14,12 +14,11 @@ from rankgate.decoding.recorded import lift_constants, share_layers
 from rankgate.decoding.steps import Steps
 from rankgate.ops.attention import attend_reference
 from rankgate.ops.cpu.attention import attend
-from rankgate.ops.cpu.fused import norm, norm_definition, rotary, rotary_definition
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without the fast path")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("heads", "groups", "width", "value_width"), [(9, 3, 64, 64), (4, 4, 5, 7), (7, 1, 33, 16)])
 @pytest.mark.parametrize("position", [0, 1, 17, 63])
 def test_attention_kernel_matches_its_definition(dtype, heads, groups, width, value_width, position):
@@ -42,30 +41,6 @@ def test_attention_kernel_matches_its_definition(dtype, heads, groups, width, va
     assert (got - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.norm()
     keys[:, :, 0, 0] = float("nan")
     assert attend(q, k, v, keys, values, at, 0.3).isnan().all() or position == 0
-
-
-@pytest.mark.parametrize("width", [2, 30, 576])
-def test_fused_chains_match_their_definitions(width):
-    generator = torch.Generator().manual_seed(width)
-    x, weight, cos, sin = (torch.randn(1, 3, 1, width, generator=generator) for _ in range(4))
-    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
-    cos, sin, weight = cos[:, :1].contiguous(), sin[:, :1].contiguous(), weight[0, 0, 0]
-    for given in (x, turned):
-        torch.testing.assert_close(norm(given, weight, 1e-5), norm_definition(given, weight, 1e-5))
-        expected = rotary_definition(given, cos, sin, width // 2)
-        torch.testing.assert_close(rotary(given, cos, sin, width // 2), expected)
-    assert norm(torch.zeros(1, 1, width), weight, 1e-5).eq(0).all()
-    assert norm(x * float("nan"), weight, 1e-5).isnan().all()
-
-
-def test_chains_are_fused_where_they_fit():
-    counts = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = tiny_model("llama", dtype)
-        both(model, tokens(1, 6))
-        names = module.captured(model).bind.args[0].__globals__.values()
-        counts[dtype] = [sum(f is kernel for f in names) for kernel in (norm, rotary)]
-    assert counts == {torch.float32: [5, 4], torch.bfloat16: [0, 0]}
 
 
 @pytest.mark.parametrize("method", ["dense", "gsi"])

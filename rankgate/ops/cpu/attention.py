@@ -1,12 +1,9 @@
-"""`ops.attention` of one token on the CPU (Numba).
+"""`ops.attention` of one token on the CPU (Numba): scores and sums are products of a matrix and a vector (`dense`).
 
-One thread, every key and value read once per group of query heads, float32 accumulation.
+Heads are shared out to threads. Accumulation is in float32.
 """
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,105 +11,85 @@ from numba import carray
 from torch import Tensor
 
 from rankgate.ops.attention import attend_reference
-from rankgate.ops.cpu.compile import jit
-from rankgate.ops.cpu.vector import float_pointer, half_pointer, integer_pointer
+from rankgate.ops.cpu import team
+from rankgate.ops.cpu.compile import Kernel, jit
+from rankgate.ops.cpu.dense import BFLOAT16, FLOAT16, FLOAT32, combine_rows, dot_rows
+from rankgate.ops.cpu.elementwise import exp
+from rankgate.ops.cpu.vector import byte_pointer, float_pointer, read_int64
+
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+# words of the arguments: how keys and values are stored; query heads, groups of them, room of the cache, d, e, bits of
+# s (float32); addresses of q (H × d) and the result (H × e), float32, of k (G × d), v (G × e), keys, values, position
+STORED, HEADS, GROUPS, CAPACITY, WIDTH, VALUE_WIDTH, SCALE, Q, OUT, K, V, KEYS, VALUES, POSITION = range(14)
 
 
-@jit(inline="always")
-def _widen(address: int, rows: int, width: int, half: bool, row: int, out: Any) -> None:
-    """Row `row` of a (rows × width) array of bfloat16 (`half`) or float32, as float32."""
-    if half:
-        source, words = carray(half_pointer(address), (rows, width)), out.view(np.uint32)
-        for i in range(width):
-            words[i] = np.uint32(source[row, i]) << np.uint32(16)
-    else:
-        source32 = carray(float_pointer(address), (rows, width))
-        for i in range(width):
-            out[i] = source32[row, i]
+@Kernel
+def remember(arguments: int, _: int) -> None:
+    """Store k and v at their position."""
+    size = 4 if read_int64(arguments, 8 * STORED) == FLOAT32 else 2
+    groups, capacity = read_int64(arguments, 8 * GROUPS), read_int64(arguments, 8 * CAPACITY)
+    at = read_int64(read_int64(arguments, 8 * POSITION), 0)
+    for width, new, cache in ((WIDTH, K, KEYS), (VALUE_WIDTH, V, VALUES)):
+        row = size * read_int64(arguments, 8 * width)
+        source = carray(byte_pointer(read_int64(arguments, 8 * new)), (groups, row))
+        target = carray(byte_pointer(read_int64(arguments, 8 * cache)), (groups, capacity, row))
+        for g in range(groups):
+            target[g, at, :] = source[g, :]
 
 
 @jit
-def _store(address: int, rows: int, width: int, half: bool, row: int, new: int, new_row: int) -> None:
-    """Row `new_row` of the array at `new`, of the same type, into row `row`."""
-    if half:
-        carray(half_pointer(address), (rows, width))[row] = carray(half_pointer(new), (new_row + 1, width))[new_row]
-    else:
-        carray(float_pointer(address), (rows, width))[row] = carray(float_pointer(new), (new_row + 1, width))[new_row]
+def _softmax(scores: int, count: int, scale: float) -> None:
+    """Of `scale` times the scores, in place."""
+    values = carray(float_pointer(scores), count)
+    top = np.float32(-np.inf)
+    for t in range(count):
+        values[t] *= scale
+        top = max(top, values[t])
+    for t in range(count):
+        values[t] = exp(values[t] - top)
+    total = np.float32(0)
+    for t in range(count):
+        total += values[t]
+    inverse = np.float32(1) / total
+    for t in range(count):
+        values[t] *= inverse
 
 
-@jit
-def _attend(
-    q: int,
-    k: int,
-    v: int,
-    keys: int,
-    values: int,
-    position: int,
-    out: int,
-    half: bool,
-    heads: int,
-    groups: int,
-    capacity: int,
-    width: int,
-    value_width: int,
-    scale: float,
-) -> None:
-    """All pointers are addresses; q (heads × width) and out (heads × value_width) are float32."""
-    last = carray(integer_pointer(position), 1)[0]
-    queries, outputs = carray(float_pointer(q), (heads, width)), carray(float_pointer(out), (heads, value_width))
-    share = heads // groups
-    scores = np.empty((share, last + 1), np.float32)
-    key, value = np.empty(width, np.float32), np.empty(value_width, np.float32)
-    for g in range(groups):
-        _store(keys, groups * capacity, width, half, g * capacity + last, k, g)
-        _store(values, groups * capacity, value_width, half, g * capacity + last, v, g)
-        for t in range(last + 1):
-            _widen(keys, groups * capacity, width, half, g * capacity + t, key)
-            for h in range(share):
-                dot = np.float32(0)
-                for i in range(width):
-                    dot += queries[g * share + h, i] * key[i]
-                scores[h, t] = dot * scale
-        for h in range(share):
-            top = scores[h].max()
-            total = np.float32(0)
-            for t in range(last + 1):
-                scores[h, t] = math.exp(scores[h, t] - top)
-                total += scores[h, t]
-            for t in range(last + 1):
-                scores[h, t] /= total
-            outputs[g * share + h, :] = 0
-        for t in range(last + 1):
-            _widen(values, groups * capacity, value_width, half, g * capacity + t, value)
-            for h in range(share):
-                weight = scores[h, t]
-                for i in range(value_width):
-                    outputs[g * share + h, i] += weight * value[i]
+@Kernel
+def attend_head(arguments: int, head: int) -> None:
+    """The result of one query head."""
+    kind, groups = read_int64(arguments, 8 * STORED), read_int64(arguments, 8 * GROUPS)
+    width, value_width = read_int64(arguments, 8 * WIDTH), read_int64(arguments, 8 * VALUE_WIDTH)
+    capacity, group = read_int64(arguments, 8 * CAPACITY), head * groups // read_int64(arguments, 8 * HEADS)
+    count = read_int64(read_int64(arguments, 8 * POSITION), 0) + 1
+    scale = carray(float_pointer(arguments + 8 * SCALE), 1)[0]
+    size = 4 if kind == FLOAT32 else 2
+    weights = np.empty(count, np.float32)
+    scores = weights.ctypes.data
+    keys = read_int64(arguments, 8 * KEYS) + size * width * capacity * group
+    dot_rows(kind, keys, size * width, read_int64(arguments, 8 * Q) + 4 * width * head, width, count, scores)
+    _softmax(scores, count, scale)
+    values = read_int64(arguments, 8 * VALUES) + size * value_width * capacity * group
+    out = read_int64(arguments, 8 * OUT) + 4 * value_width * head
+    combine_rows(kind, values, size * value_width, scores, count, value_width, out)
+
+
+def arguments_of(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float, out: Tensor
+) -> np.ndarray:
+    """Of both kernels, for contiguous tensors; q and the result are float32, the others of the cache's dtype."""
+    _, groups, capacity, width = keys.shape
+    number = int(np.float32(scale).view(np.int32))
+    sizes = [KINDS[keys.dtype], q.shape[1], groups, capacity, width, values.shape[3], number]
+    return np.array(sizes + [t.data_ptr() for t in (q, out, k, v, keys, values, position)], np.int64)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float) -> Tensor:
-    """`ops.attention.attend_reference`; what this kernel does not take is computed by that."""
-    half = keys.dtype == torch.bfloat16
-    if not (half or keys.dtype == torch.float32) or keys.device.type != "cpu" or q.shape[2] > 1:
+    """`ops.attention.attend_reference`; what these kernels do not take is computed by that."""
+    if keys.dtype not in KINDS or keys.device.type != "cpu" or q.shape[2] > 1:
         return attend_reference(q, k, v, keys, values, position, scale)
-    _, groups, capacity, width = keys.shape
-    heads, value_width = q.shape[1], values.shape[3]
     query, k, v = q.float().contiguous(), k.contiguous(), v.contiguous()
-    out = torch.empty((1, 1, heads, value_width))
-    _attend(
-        query.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        position.data_ptr(),
-        out.data_ptr(),
-        half,
-        heads,
-        groups,
-        capacity,
-        width,
-        value_width,
-        scale,
-    )
+    out = torch.empty((1, 1, q.shape[1], values.shape[3]))
+    words = arguments_of(query, k, v, keys, values, position, scale, out)
+    team.run(np.array([team.row(remember, words, 1), team.row(attend_head, words, q.shape[1])], np.int64))
     return out.to(q.dtype)

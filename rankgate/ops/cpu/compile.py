@@ -78,7 +78,8 @@ def jit(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """`numba.njit`, as all functions of this package are compiled: `@jit` or `@jit(inline="always")`."""
     if function is None:
         return lambda f: jit(f, **options)
-    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=set(FAST), **options)(function)
+    options = {"fastmath": set(FAST), **options}
+    compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     _cached(compiled)
     return compiled
 

@@ -1,0 +1,371 @@
+"""A captured step on a CPU: its operations as rows of programs for a team of threads (`ops.cpu.team`).
+
+Every result of the trace has a tensor of its own, for good, so what the trace calls a view is one, and costs nothing.
+The other operations become rows: products, attention, norms, rows of embeddings, and chains of operations on elements
+(`ops.cpu.elementwise`), which go on for as long as their shapes are the same. An operation without a kernel, or of a
+dtype without one, stays a call of torch between two programs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from rankgate.decoding.chains import Chain, codes_of
+from rankgate.ops.cpu import attention, dense, elementwise, quantized, team
+from rankgate.ops.cpu.attention import KINDS
+
+aten = torch.ops.aten
+GEMV, ATTEND = torch.ops.rankgate.quantized_gemv.default, torch.ops.rankgate.attend.default
+SHARE = 16 << 10  # elements of a matrix that are worth a chunk
+MOST_CHUNKS = 1024
+FLOATS = set(KINDS)
+
+
+class Native:
+    """The trace `module` of (token, position, keys and values of every layer), simplified; `inputs`: an example.
+
+    parts: how many programs and calls of torch alternate.
+    """
+
+    def __init__(self, module: fx.GraphModule, inputs: list[Tensor]) -> None:
+        self.token, self.position = inputs[:2]
+        self.buffers: list[Tensor] = []
+        self.lock = threading.Lock()  # results have one place: one thread at a time
+        self.caches: list[tuple[np.ndarray, int, int]] = []  # arguments of attentions, numbers of keys and values
+        self.programs: list[np.ndarray | Callable[[], None]] = []
+        self.kept: list[Any] = [module]  # what programs hold addresses of
+        self.rows: list[list[int]] = []
+        self.chain: Chain | None = None
+        self.values: dict[fx.Node, Any] = {}
+        self.floats: dict[fx.Node, Tensor] = {}  # results as contiguous float32
+        self.cache_nodes: dict[fx.Node, int] = {}
+        with torch.no_grad():
+            for number, (node, value) in enumerate(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)):
+                self.values[node] = value
+                if number > 1:
+                    self.cache_nodes[node] = number - 2
+            for node in module.graph.nodes:
+                if node.op == "get_attr":
+                    self.values[node] = getattr(module, node.target)
+                elif node.op == "call_function":
+                    self._lower(node)
+                elif node.op == "output":
+                    self.logits: Tensor = self.values[_args(node)[0]]
+        self._end_program()
+        self.kept.append(list(self.values.values()))
+        self.parts = len(self.programs)
+        del self.values, self.floats
+
+    def bind(self, buffers: list[Tensor], threads: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A step on these keys and values."""
+        return lambda token, position: self._step(buffers, threads, token, position)
+
+    def _step(self, buffers: list[Tensor], threads: int, token: Tensor, position: Tensor) -> Tensor:
+        with self.lock:
+            if self.buffers is not buffers:
+                for words, keys, values in self.caches:
+                    words[attention.KEYS] = buffers[keys].data_ptr()
+                    words[attention.VALUES] = buffers[values].data_ptr()
+                    words[attention.CAPACITY] = buffers[keys].shape[2]
+                self.buffers = buffers
+            self.token.copy_(token)
+            self.position.copy_(position)
+            for program in self.programs:
+                if isinstance(program, np.ndarray):
+                    team.run(program, threads)
+                else:
+                    program()
+            return self.logits.clone()
+
+    def _lower(self, node: fx.Node) -> None:
+        target: Any = node.target
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        value = target(*args, **kwargs)
+        self.values[node] = value
+        schema = getattr(target, "_schema", None)
+        if target is ATTEND:
+            if not self._attend(node, value):
+                self._call(node, value)
+        elif schema is not None and schema.is_mutable:
+            self._call(node, None)
+        elif target is aten.dropout.default and not args[2]:
+            self.values[node] = args[0]
+        elif not _is_view(value, args):
+            lower = LOWER.get(target)
+            if not (lower is not None and lower(self, node, value)) and not self._elementwise(node, value):
+                self._call(node, value)
+
+    def _call(self, node: fx.Node, value: Any) -> None:
+        """Leave `node` to torch, its result to be copied to `value`."""
+        self._end_program()
+        target: Any = node.target
+        nodes = [n for n in node.all_input_nodes if n in self.cache_nodes]
+        values = {n: self.values[n] for n in node.all_input_nodes}
+        places = [value] if isinstance(value, Tensor) else list(value or [])
+
+        def call() -> None:
+            values.update({n: self.buffers[self.cache_nodes[n]] for n in nodes})
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            found = target(*args, **kwargs)
+            for place, result in zip(places, [found] if isinstance(found, Tensor) else found, strict=False):
+                place.copy_(result)
+
+        self.programs.append(call)
+
+    def _end_program(self) -> None:
+        self._end_chain()
+        if self.rows:
+            self.programs.append(np.array(self.rows, np.int64))
+            self.rows = []
+
+    def _end_chain(self) -> None:
+        if self.chain is not None:
+            words, chunks = self.chain.finish()
+            self.chain = None
+            self._add_rows(team.row(elementwise.chain, words, chunks), words)
+
+    def _add_rows(self, row: list[int], *kept: Any) -> None:
+        self.rows.append(row)
+        self.kept.extend(kept)
+
+    def _row(self, kernel: Any, words: list[int], chunks: int = 1) -> np.ndarray:
+        self._end_chain()
+        arguments = np.array(words, np.int64)
+        self._add_rows(team.row(kernel, arguments, chunks), arguments)
+        return arguments
+
+    def _elementwise(self, node: fx.Node, value: Any) -> bool:
+        """Put `node` on a chain, if it is an operation on every element."""
+        found = codes_of(node, value, self.values)
+        if found is None:
+            return False
+        codes, operands = found
+        if not codes and self.values[operands[0]].shape != value.shape:  # a copy in another shape
+            self._end_chain()
+            self._copy(operands[0], value.view(self.values[operands[0]].shape))
+            self._end_chain()
+        else:
+            self._extend(node, value, codes, operands)
+        return True
+
+    def _extend(self, node: fx.Node | None, value: Tensor, codes: list[int], operands: list[Any]) -> None:
+        """Value = the functions of the operands: nodes or tensors (their values are loaded), or numbers."""
+        if self.chain is not None and not self.chain.takes(value, operands, self.values):
+            self._end_chain()
+        if self.chain is None:
+            self.chain = Chain(value.shape)
+        self.chain.add(node, value, codes, operands, self.values)
+
+    def _copy(self, source: Any, target: Tensor) -> None:
+        """A row for target = source, an operand; shapes are the same."""
+        self._extend(None, target, [], [source])
+
+    def _wide(self, node: Any) -> Tensor:
+        """The value of `node` as contiguous float32."""
+        value: Tensor = self.values[node]
+        if value.dtype == torch.float32 and value.is_contiguous():
+            self._end_chain()
+            return value
+        if node not in self.floats:
+            self.floats[node] = torch.empty(value.shape)
+            self.kept.append(self.floats[node])
+            self._copy(node, self.floats[node])
+            self._end_chain()
+        return self.floats[node]
+
+    def _contiguous(self, node: Any) -> Tensor:
+        value: Tensor = self.values[node]
+        self._end_chain()
+        if value.is_contiguous():
+            return value
+        target = torch.empty(value.shape, dtype=value.dtype)
+        self.kept.append(target)
+        self._copy(node, target)
+        self._end_chain()
+        return target
+
+    def _accumulator(self, value: Tensor) -> Tensor:
+        """Where a kernel leaves `value` in float32: in it, if it is that."""
+        if value.dtype == torch.float32 and value.is_contiguous():
+            return value
+        target = torch.empty(value.shape)
+        self.kept.append(target)
+        return target
+
+    def _rounded(self, node: fx.Node, value: Tensor, found: Tensor, bias: Any = None) -> None:
+        """Value = found + bias in its own dtype, if `found` is not `value`."""
+        if bias is not None:
+            self._extend(node, value, [elementwise.ADD], [found, bias])
+        elif found is not value:
+            self._extend(node, value, [], [found])
+
+    def _product(self, node: fx.Node, value: Tensor, x: Any, W: Tensor, bias: Any) -> bool:
+        """Value = x W + bias; W (n × m) with contiguous rows or columns."""
+        n, m = W.shape
+        if self.values[x].numel() != n or W.dtype not in KINDS or value.dtype not in KINDS or 1 not in W.stride():
+            return False
+        across = W.stride(1) == 1 and m > 1
+        wide, found = self._wide(x), self._accumulator(value)
+        share = max(4, SHARE // n // 4 * 4, -(-m // MOST_CHUNKS // 4) * 4)
+        if across:
+            share = -(-share // dense.COLUMNS) * dense.COLUMNS
+        stride = W.element_size() * W.stride(0 if across else 1)
+        if bias is not None and self.values[bias].dtype == torch.float32 and found is value:
+            address, bias = self.values[bias].data_ptr(), None
+        else:
+            address = 0
+        words = [KINDS[W.dtype], m, n, stride, share, W.data_ptr(), wide.data_ptr(), address, found.data_ptr()]
+        self._row(dense.transposed if across else dense.linear, words, -(-m // share))
+        self._rounded(node, value, found, bias)
+        return True
+
+    def _linear(self, node: fx.Node, value: Tensor) -> bool:
+        x, W, bias = (*_args(node), None)[:3]
+        return self._product(node, value, x, self.values[W].t(), bias)
+
+    def _addmm(self, node: fx.Node, value: Tensor) -> bool:
+        bias, x, W = _args(node)
+        return not node.kwargs and self.values[bias].dim() == 1 and self._product(node, value, x, self.values[W], bias)
+
+    def _matmul(self, node: fx.Node, value: Tensor) -> bool:
+        x, W = _args(node)
+        return self.values[W].dim() == 2 and self._product(node, value, x, self.values[W], None)
+
+    def _gemv(self, node: fx.Node, value: Tensor) -> bool:
+        x, table, m = _args(node)
+        if self.values[x].dtype not in KINDS:
+            return False
+        wide, found = self._wide(x), self._accumulator(value)
+        n = wide.shape[-1]
+        for token in range(wide.numel() // n):
+            product = quantized.Product(table)
+            product.arguments[quantized.X] = wide.data_ptr() + 4 * n * token
+            product.arguments[quantized.Y] = found.data_ptr() + 4 * m * token
+            for row in product.rows:
+                self._add_rows(row, product)
+        self._rounded(node, value, found)
+        return True
+
+    def _attend(self, node: fx.Node, value: Tensor) -> bool:
+        q, k, v, keys, values, position, scale = _args(node)
+        cache = self.values[keys]
+        if cache.dtype not in KINDS or self.values[q].shape[2] > 1 or self.values[position] is not self.position:
+            return False
+        if any(self.values[n].dtype != cache.dtype for n in (k, v)) or value.dtype not in KINDS:
+            return False
+        query, found = self._wide(q), self._accumulator(value)
+        new_key, new_value = (self._contiguous(n) for n in (k, v))
+        words = attention.arguments_of(
+            query, new_key, new_value, cache, self.values[values], self.position, scale, found
+        )
+        self.caches.append((words, self.cache_nodes[keys], self.cache_nodes[values]))
+        self._add_rows(team.row(attention.remember, words, 1), words)
+        self._add_rows(team.row(attention.attend_head, words, query.shape[1]))
+        self._rounded(node, value, found)
+        return True
+
+    def _embedding(self, node: fx.Node, value: Tensor) -> bool:
+        table, indices = (self.values[n] for n in _args(node)[:2])
+        if indices.dtype != torch.int64 or not (indices.is_contiguous() and table.is_contiguous()):
+            return False
+        width = table.shape[1] * table.element_size()
+        self._row(
+            elementwise.embedding,
+            [indices.numel(), table.shape[0], width, indices.data_ptr(), table.data_ptr(), value.data_ptr()],
+        )
+        return True
+
+    def _layer_norm(self, node: fx.Node, value: Tensor) -> bool:
+        x, shape, weight, bias, eps = (*_args(node), *(None, None, 1e-5)[len(_args(node)) - 2 :])[:5]
+        tensors = [self.values[n] for n in (x, weight, bias) if n is not None]
+        if (
+            len(shape) != 1
+            or not value.is_contiguous()
+            or any(t.dtype != value.dtype or t.dtype not in KINDS for t in tensors)
+        ):
+            return False
+        addresses = [0 if n is None else self._contiguous(n).data_ptr() for n in (x, weight, bias)]
+        sizes = [value.numel() // shape[0], shape[0], elementwise.DTYPES.index(value.dtype), _bits(eps)]
+        self._row(elementwise.layer_norm, [*sizes, *addresses, value.data_ptr()])
+        return True
+
+    def _mean(self, node: fx.Node, value: Tensor) -> bool:
+        x, dims = self.values[_args(node)[0]], _args(node)[1]
+        if [d % x.dim() for d in dims] != [x.dim() - 1] or node.kwargs or not {x.dtype, value.dtype} <= FLOATS:
+            return False
+        source, width = self._contiguous(_args(node)[0]), x.shape[-1]
+        kinds = [elementwise.DTYPES.index(t.dtype) for t in (source, value)]
+        words = [x.numel() // width, width, kinds[0], source.data_ptr(), kinds[1], value.data_ptr()]
+        self._row(elementwise.mean, words)
+        return True
+
+    def _repeat(self, node: fx.Node, value: Tensor) -> bool:
+        x, times, dim = (*_args(node), None)[:3]
+        source = self.values[x]
+        if (
+            dim is None
+            or node.kwargs
+            or source.dim() > 4
+            or source.dtype not in elementwise.DTYPES
+            or not value.is_contiguous()
+        ):
+            return False
+        dim %= source.dim()
+        repeated = source.unsqueeze(dim + 1).expand(*source.shape[: dim + 1], times, *source.shape[dim + 1 :])
+        self._end_chain()
+        self._copy(repeated, value.view(repeated.shape))
+        self._end_chain()
+        return True
+
+    def _cat(self, node: fx.Node, value: Tensor) -> bool:
+        parts, dim = _args(node)[0], _args(node)[1] if len(_args(node)) > 1 else 0
+        if any(self.values[p].dtype != value.dtype for p in parts) or value.dtype not in elementwise.DTYPES:
+            return False
+        if node.target is aten.stack.default:
+            targets = value.unbind(dim)
+        else:
+            targets = value.split([self.values[p].shape[dim] for p in parts], dim)
+        if value.dim() > 4:
+            return False
+        for part, target in zip(parts, targets, strict=True):
+            self._copy(part, target)
+            self._end_chain()
+        return True
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _bits(number: float) -> int:
+    return int(np.float32(number).view(np.int32))
+
+
+def _is_view(value: Any, args: Any) -> bool:
+    """Whether every tensor of a result lies in memory of the arguments."""
+    results = [value] if isinstance(value, Tensor) else list(value) if isinstance(value, (tuple, list)) else []
+    given: list[Tensor] = []
+    torch.utils._pytree.tree_map(lambda a: given.append(a) if isinstance(a, Tensor) else None, args)
+    owned = {t.untyped_storage().data_ptr() for t in given}
+    return all(isinstance(t, Tensor) and t.untyped_storage().data_ptr() in owned for t in results)
+
+
+LOWER: dict[Any, Callable[[Native, fx.Node, Any], bool]] = {
+    GEMV: Native._gemv,
+    aten.linear.default: Native._linear,
+    aten.addmm.default: Native._addmm,
+    aten.mm.default: Native._matmul,
+    aten.matmul.default: Native._matmul,
+    aten.embedding.default: Native._embedding,
+    aten.layer_norm.default: Native._layer_norm,
+    aten.mean.dim: Native._mean,
+    aten.cat.default: Native._cat,
+    aten.stack.default: Native._cat,
+    aten.repeat_interleave.self_int: Native._repeat,
+}
