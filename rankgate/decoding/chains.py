@@ -43,14 +43,22 @@ BINARY = {
     aten.gt.Scalar: e.GT,
     aten.lt.Scalar: e.LT,
 }
-COPIES = {aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.reshape.default, aten._to_copy.default}
+COPIES = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.reshape.default,
+    aten._to_copy.default,
+}
 POWERS = {2.0: e.SQUARE, 3.0: e.CUBE, 0.5: e.SQRT, -0.5: e.RSQRT, -1.0: e.RECIPROCAL}
 ROUND = {torch.bfloat16: e.BFLOAT16, torch.float16: e.FLOAT16}
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 WHOLE = {torch.int64, torch.int32}
 SLOW = {e.COS, e.SIN, e.GELU, e.LOG, e.SOFTPLUS, e.POW}  # some 20 ns each
 CURVED = {e.EXP, e.TANH, e.SIGMOID, e.SILU, e.GELU_TANH}
-WORTH = 64  # a chunk: so many tiles of the simplest instructions
+WORTH = 12_000  # elements of the simplest instructions that make a chunk, some µs
 
 
 def codes_of(node: fx.Node, value: Any, values: dict[fx.Node, Any]) -> tuple[list[int], list[Any]] | None:
@@ -163,7 +171,7 @@ class Chain:
                 steps = [0] * (4 - len(shape)) + next(places)
                 words += [tensor.data_ptr(), e.DTYPES.index(tensor.dtype), steps[3], *steps[:3]]
         tiles = int(np.prod(outer)) * -(-inner // e.TILE)
-        share = max(1, WORTH // weight, -(-tiles // 4096))
+        share = max(1, WORTH // (weight * min(inner, e.TILE)), -(-tiles // 4096))
         return np.array([len(self.code), *outer, inner, share, *words], np.int64), -(-tiles // share)
 
 

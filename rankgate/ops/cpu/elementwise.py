@@ -1,6 +1,6 @@
 """Chains of operations on every element, as one row of a program.
 
-A chain is a list of *instructions* on slots of 128 float32 values: load from a tensor (strided, of any stored dtype),
+A chain is a list of *instructions* on slots of 768 float32 values: load from a tensor (strided, of any stored dtype),
 one of the functions below, round to a 16-bit dtype, store. It runs over all elements tile by tile, so what lies between
 two operations stays in the nearest cache. Rounding after every operation is an instruction: the results are those of
 torch's operations in that dtype, which compute in float32, too.
@@ -33,7 +33,7 @@ from rankgate.ops.cpu.vector import (
 )
 from rankgate.ops.cpu.vnni import as_float
 
-TILE, SLOTS = 128, 32
+TILE, SLOTS = 768, 32
 HEADER, INSTRUCTION = 6, 11  # words
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.int32
 # codes of instructions, those of two operands from ADD to MINIMUM
@@ -209,107 +209,107 @@ def _store(dtype: int, address: int, stride: int, values: Any, count: int) -> No
 
 
 @jit
-def _binary(code: int, out: Any, a: Any, b: Any) -> None:  # noqa: PLR0912 (a branch for each instruction)
+def _binary(code: int, out: Any, a: Any, b: Any, count: int) -> None:  # noqa: PLR0912 (a branch for each instruction)
     if code == ADD:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] + b[i]
     elif code == SUB:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] - b[i]
     elif code == RSUB:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = b[i] - a[i]
     elif code == MUL:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] * b[i]
     elif code == DIV:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] / b[i]
     elif code == POW:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = np.float32(float(a[i]) ** float(b[i]))
     elif code == GT:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] > b[i]
     elif code == LT:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] < b[i]
     elif code == MAXIMUM:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] if a[i] > b[i] or a[i] != a[i] else b[i]
     elif code == MINIMUM:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] if a[i] < b[i] or a[i] != a[i] else b[i]
 
 
 @jit
-def _unary(code: int, out: Any, a: Any) -> None:  # noqa: PLR0912 (a branch for each instruction)
+def _unary(code: int, out: Any, a: Any, count: int) -> None:  # noqa: PLR0912 (a branch for each instruction)
     if code == BFLOAT16:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = round_bfloat16(a[i])
     elif code == FLOAT16:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = _from_half(_half(a[i]))
     elif code == NEG:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = -a[i]
     elif code == ABS:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = abs(a[i])
     elif code == SQRT:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = np.sqrt(a[i])
     elif code == RSQRT:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = np.float32(1) / np.sqrt(a[i])
     elif code == RECIPROCAL:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = np.float32(1) / a[i]
     elif code == SQUARE:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] * a[i]
     elif code == CUBE:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] * a[i] * a[i]
     elif code == RELU:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = np.float32(0) if a[i] < 0 else a[i]
     else:
-        _curved(code, out, a)
+        _curved(code, out, a, count)
 
 
 @jit
-def _curved(code: int, out: Any, a: Any) -> None:  # noqa: PLR0912 (a branch for each instruction)
+def _curved(code: int, out: Any, a: Any, count: int) -> None:  # noqa: PLR0912 (a branch for each instruction)
     if code == EXP:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = exp(a[i])
     elif code == TANH:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = tanh(a[i])
     elif code == SIGMOID:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = sigmoid(a[i])
     elif code == SILU:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] * sigmoid(a[i])
     elif code == GELU_TANH:
-        for i in range(TILE):
+        for i in range(count):
             inner = np.float32(0.7978845608) * (a[i] + np.float32(0.044715) * (a[i] * a[i] * a[i]))
             out[i] = np.float32(0.5) * a[i] * (np.float32(1) + tanh(inner))
     elif code == GELU:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = 0.5 * a[i] * (1 + math.erf(a[i] * 0.7071067811865476))
     elif code == COS:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = math.cos(float(a[i]))
     elif code == SIN:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = math.sin(float(a[i]))
     elif code == LOG:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = math.log(float(a[i]))
     elif code == SOFTPLUS:
-        for i in range(TILE):
+        for i in range(count):
             out[i] = a[i] if a[i] > 20 else math.log1p(math.exp(float(a[i])))
 
 
@@ -339,11 +339,11 @@ def chain(arguments: int, chunk: int) -> None:
                 else:
                     _store(dtype, address, stride, a, width)
             elif code == FILL:
-                out[:] = read_float(at, 32)
+                out[:width] = read_float(at, 32)
             elif ADD <= code <= MINIMUM:
-                _binary(code, out, a, slots[read_int64(at, 24)])
+                _binary(code, out, a, slots[read_int64(at, 24)], width)
             else:
-                _unary(code, out, a)
+                _unary(code, out, a, width)
 
 
 @Kernel
@@ -362,16 +362,16 @@ def mean(arguments: int, chunk: int) -> None:
             for i in range(count):
                 total += slots[0, i]
         slots[0, 0] = total / np.float32(width)
-        _rounded(target, slots[0])
+        _rounded(target, slots[0], 1)
         _store(target, out + (4 if target == 0 else 2) * r, 1, slots[0], 1)
 
 
 @jit
-def _rounded(dtype: int, values: Any) -> None:
+def _rounded(dtype: int, values: Any, count: int) -> None:
     if dtype == 1:
-        _unary(BFLOAT16, values, values)
+        _unary(BFLOAT16, values, values, count)
     elif dtype == 2:
-        _unary(FLOAT16, values, values)
+        _unary(FLOAT16, values, values, count)
 
 
 @Kernel
@@ -402,14 +402,14 @@ def layer_norm(arguments: int, chunk: int) -> None:
             if weight:
                 _load(dtype, weight + size * start, 1, slots[1], count)
             else:
-                slots[1, :] = 1
+                slots[1, :count] = 1
             if bias:
                 _load(dtype, bias + size * start, 1, slots[2], count)
             else:
-                slots[2, :] = 0
+                slots[2, :count] = 0
             for i in range(count):
                 slots[0, i] = (slots[0, i] - mean) * factor * slots[1, i] + slots[2, i]
-            _rounded(dtype, slots[0])
+            _rounded(dtype, slots[0], count)
             _store(dtype, out + size * (r * width + start), 1, slots[0], count)
 
 
