@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rankgate.methods.planned import Setting
-from rankgate.ops.cpu.quantized import gemv
+from rankgate.ops.cpu import team
+from rankgate.ops.cpu.quantized import Product, X, Y
 from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
 
 CACHE_BYTES = 96 << 20  # weights that a timing runs through, more than caches hold
@@ -43,9 +45,13 @@ class Timer:
         group, read = self._group(m, n, setting, 0)
         size = sum(p.numel() * p.element_size() for p in group.parameters())
         copies = min(COPIES, max(1, CACHE_BYTES // size))
-        x = torch.rand(1, 1, n)
+        x, y = torch.rand(n), torch.empty(m)
         groups = [self._group(m, n, setting, i)[0] for i in range(copies)]
-        return run([partial(gemv, x, group.table(), m) for group in groups]) / copies, read
+        products = [Product(group.table()) for group in groups]
+        for product in products:
+            product.arguments[X], product.arguments[Y] = x.data_ptr(), y.data_ptr()
+        program = np.array([row for product in products for row in product.rows], np.int64)
+        return run([partial(team.run, program)]) / copies, read
 
     def _group(self, m: int, n: int, setting: Setting, i: int) -> tuple[QuantizedGroup, float]:
         """The i-th of many groups with noise for weights, its gate open for a share `refine` of x in [0, 1).

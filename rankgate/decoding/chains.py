@@ -79,7 +79,7 @@ def codes_of(node: fx.Node, value: Any, values: dict[fx.Node, Any]) -> tuple[lis
         codes = [e.GELU_TANH if node.kwargs.get("approximate") == "tanh" else e.GELU]
     elif target in COPIES:
         codes = []
-    if codes is None or not isinstance(value, Tensor) or _dimensions(value.shape) > 4:
+    if codes is None or not isinstance(value, Tensor) or dimensions(value.shape) > 4:
         return None
     dtypes = {values[o].dtype for o in operands if isinstance(o, fx.Node)}
     allowed = not codes or set(codes) <= {e.ADD, e.SUB, e.GT, e.LT}
@@ -91,7 +91,8 @@ def codes_of(node: fx.Node, value: Any, values: dict[fx.Node, Any]) -> tuple[lis
     return (codes, operands) if fits else None
 
 
-def _dimensions(shape: torch.Size) -> int:
+def dimensions(shape: torch.Size) -> int:
+    """Those with more than one element; a chain has four at most."""
     return sum(size > 1 for size in shape)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rankgate.decoding.chains import Chain, codes_of
+from rankgate.decoding.chains import Chain, codes_of, dimensions
 from rankgate.ops.cpu import attention, dense, elementwise, quantized, team
 from rankgate.ops.cpu.attention import KINDS
 
@@ -306,18 +306,22 @@ class Native:
         return True
 
     def _repeat(self, node: fx.Node, value: Tensor) -> bool:
-        x, times, dim = (*_args(node), None)[:3]
+        """Each element several times, or the whole of it: a copy of a view in which it stands so often."""
+        x, times, *rest = _args(node)
         source = self.values[x]
-        if (
-            dim is None
-            or node.kwargs
-            or source.dim() > 4
-            or source.dtype not in elementwise.DTYPES
-            or not value.is_contiguous()
-        ):
+        if not source.is_contiguous():
             return False
-        dim %= source.dim()
-        repeated = source.unsqueeze(dim + 1).expand(*source.shape[: dim + 1], times, *source.shape[dim + 1 :])
+        if node.target is aten.repeat.default:
+            whole = source.view([1] * (len(times) - source.dim()) + list(source.shape))
+            shape = [size for pair in zip(times, whole.shape, strict=True) for size in pair]
+            repeated = whole.view([size for n in whole.shape for size in (1, n)]).expand(shape)
+        elif rest and rest[0] is not None:
+            dim = rest[0] % source.dim()
+            repeated = source.unsqueeze(dim + 1).expand(*source.shape[: dim + 1], times, *source.shape[dim + 1 :])
+        else:
+            return False
+        if dimensions(repeated.shape) > 4 or source.dtype not in elementwise.DTYPES or not value.is_contiguous():
+            return False
         self._end_chain()
         self._copy(repeated, value.view(repeated.shape))
         self._end_chain()
@@ -331,7 +335,7 @@ class Native:
             targets = value.unbind(dim)
         else:
             targets = value.split([self.values[p].shape[dim] for p in parts], dim)
-        if value.dim() > 4:
+        if dimensions(value.shape) > 4:
             return False
         for part, target in zip(parts, targets, strict=True):
             self._copy(part, target)
@@ -368,4 +372,5 @@ LOWER: dict[Any, Callable[[Native, fx.Node, Any], bool]] = {
     aten.cat.default: Native._cat,
     aten.stack.default: Native._cat,
     aten.repeat_interleave.self_int: Native._repeat,
+    aten.repeat.default: Native._repeat,
 }

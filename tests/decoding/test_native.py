@@ -50,6 +50,7 @@ ELEMENTWISE = {
     "stacked": lambda x, y: torch.stack([x, y * 2], -1).flatten(-2),
     "broadcast": lambda x, y: x[:, :1] * y[..., :1] + x[:1],
     "repeated": lambda x, y: x.repeat_interleave(2, 1)[:, ::2] + y,
+    "tiled": lambda x, y: x.repeat(2, 1, 3)[0, :, :200] + y,
     "transposed copy": lambda x, y: (x.transpose(0, 1) + 1).contiguous().view(-1).view(y.shape[1], -1),
 }
 
@@ -132,4 +133,4 @@ def test_a_step_is_one_program(architecture, method, monkeypatch):
     own = Native.__init__
     monkeypatch.setattr(native.Native, "__init__", lambda self, *a: (own(self, *a), parts.append(self.parts))[0])
     both(variant(architecture, method), tokens(1, 6))
-    assert max(parts) == 1 if architecture != "gptj" else max(parts) < 20
+    assert max(parts) == 1 if architecture != "gptj" else max(parts) == 5  # a gather in each layer

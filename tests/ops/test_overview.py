@@ -62,7 +62,7 @@ def test_kernels_compute_these_numbers_of_tokens(row: dict[str, str], monkeypatc
     operator, device = row["operator"], row["device"]
     route = ROUTES[operator, device]
     module, calls = importlib.import_module(route.module), []
-    function = "_attend" if operator == "attend" else route.function  # which steps call past the dispatcher
+    function = "arguments_of" if operator == "attend" else route.function  # of its kernels
     kernel = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *arguments: calls.append(operator) or kernel(*arguments))
     if operator == "quantized_gemv.parts" and device == "CPU":

@@ -16,6 +16,7 @@ Numba compiles at the first call, some seconds, and keeps the result on disk.
 from __future__ import annotations
 
 import ctypes
+import threading
 
 import numpy as np
 import torch
@@ -288,8 +289,8 @@ class Product:
     """One product as two rows of a program, its x and y to be given, and the memory that they need."""
 
     def __init__(self, table: int) -> None:
-        m, n, _, rank, *parts = (ctypes.c_int64 * TABLE_WORDS).from_address(table)
-        blocks, plane = -(-n // GROUP), parts[PLANE - CODES]
+        m, n, rank, plane = _shape(table)
+        blocks = -(-n // GROUP)
         sizes = [256 * blocks, 4 * rank, *((8 * n + 8, 4 * n + 8) if plane else (0, 0))]
         self.scratch = np.empty(sum(sizes) + 64 * len(sizes), np.uint8)
         ends = np.cumsum([0] + [-(-size // 64) * 64 for size in sizes]) + -(-self.scratch.ctypes.data // 64) * 64
@@ -297,18 +298,36 @@ class Product:
         rows = -(-m // (MOST_CHUNKS * rows)) * rows
         self.arguments = np.array([table, 0, 0, *ends[:4], 0, PATHS[0], rows], np.int64)
         self.rows = [team.row(prepare, self.arguments, 1), team.row(multiply, self.arguments, -(-m // rows))]
+        self.program = np.array(self.rows, np.int64)
+
+
+def _shape(table: int) -> tuple[int, int, int, bool]:
+    """M, n, rank, and whether there is a plane."""
+    words = (ctypes.c_int64 * TABLE_WORDS).from_address(table)
+    return words[M], words[N], words[RANK], words[PLANE] != 0
+
+
+_products = threading.local()  # by shape: what a thread has used before
+
+
+def _product(table: int) -> Product:
+    """For a call of this thread alone."""
+    known, key = vars(_products).setdefault("known", {}), (*_shape(table), PATHS[0])
+    if key not in known:
+        known[key] = Product(table)
+    product: Product = known[key]
+    product.arguments[TABLE] = table
+    return product
 
 
 def gemv(x: Tensor, table: int, m: int) -> Tensor:
     """y (…, m) for each token of x (…, n); `table` is the address of a `table_of`."""
     wide = x.detach().float().contiguous()
     y = torch.empty((*x.shape[:-1], m))
-    n = x.shape[-1]
-    product = Product(table)
-    program = np.array(product.rows, np.int64)
+    product, n = _product(table), x.shape[-1]
     for token in range(x.numel() // n):
-        product.arguments[[X, Y]] = wide.data_ptr() + 4 * n * token, y.data_ptr() + 4 * m * token
-        team.run(program)
+        product.arguments[X], product.arguments[Y] = wide.data_ptr() + 4 * n * token, y.data_ptr() + 4 * m * token
+        team.run(product.program)
     return y.to(x.dtype)
 
 
