@@ -24,6 +24,17 @@ def count(arguments: int, chunk: int) -> None:
     atomic.store(atomic.load(arguments + 16) + 8 * chunk, now)
 
 
+@Kernel
+def stop(arguments: int, chunk: int) -> None:
+    """The first of two chunks waits for the second, which then lasts as if its thread had been stopped."""
+    if chunk == 1:
+        atomic.store(arguments, 1)
+        for _ in range(20 * team.LATE):
+            atomic.pause()
+    while chunk == 0 and not atomic.load(arguments):
+        atomic.pause()
+
+
 class Work:
     """A program of rows with so many chunks, and what it has done."""
 
@@ -55,6 +66,19 @@ def test_every_chunk_once_and_rows_in_order(threads, chunks):
     for _ in range(20):
         team.run(work.program, threads)
     work.check(20)
+
+
+def test_a_leader_that_has_waited_long_works_alone_for_some_time(monkeypatch):
+    monkeypatch.setattr(team, "SHORTEST", 1000.0)
+    monkeypatch.setattr(team, "_team", team._Team())
+    work, words = Work([2, 3]), np.zeros(1, np.int64)
+    while not team._team.alone_until:  # until it is the follower that does the second chunk
+        words[0] = 0
+        team.run(np.array([team.row(stop, words, 2)], np.int64), 2)
+    monkeypatch.setattr(team, "_lead", None)
+    team.run(work.program, 2)
+    work.check(1)
+    team._team.end()
 
 
 def test_an_empty_program():

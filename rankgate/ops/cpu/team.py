@@ -11,6 +11,9 @@ them. So a thread that the system has stopped holds nobody up unless it is in th
 before cannot fit the word when it goes on. Who ends a row begins the next one; rows of one chunk (a norm, a
 rotation) it does at once, without a word to the others.
 
+Where other work takes a processor, a leader may wait some ms for a chunk again and again; so after a long wait it works
+alone for some time, and for longer if that does not help.
+
 One program runs at a time. A thread that finds the team busy works its program off alone. A forked child has no
 threads but the one that forked, and gets its own team at its first program.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections import deque
 from functools import cache
 from pathlib import Path
@@ -36,6 +40,8 @@ SPINS = 20_000  # pauses, of some 20 to 60 ns, before a follower sleeps
 # byte offsets in a team's control block; what is written often has a cache line of its own
 WORD, DONE, PLACE, END, FINISHED, QUIT = 0, 64, 128, 136, 192, 256
 BLOCK = 320
+LATE = 10_000  # pauses that no chunk takes: the system has stopped a follower in the middle of one
+SHORTEST, LONGEST = 0.02, 0.64  # seconds alone after that
 
 
 @jit
@@ -81,16 +87,23 @@ def _take(control: int) -> bool:
 
 
 @jit
-def _lead(control: int, row: int, end: int) -> None:
+def _lead(control: int, row: int, end: int) -> int:
+    """Work off a program; the longest time that the leader waited, in pauses."""
     row = _first_shared(row, end)
+    longest = waited = 0
     if row == end:
-        return
+        return longest
     store(control + END, end)
     store(control + FINISHED, 0)
     _publish(control, row)
     while not load(control + FINISHED):
-        if not _take(control):
+        if _take(control):
+            waited = 0
+        else:
             pause()
+            waited += 1
+            longest = max(longest, waited)
+    return longest
 
 
 @jit
@@ -127,16 +140,21 @@ class _Team:
         self.busy = threading.Lock()
         self.followers: list[threading.Thread] = []
         self.asleep: deque[threading.Lock] = deque()
+        self.alone_until, self.pause = 0.0, SHORTEST
 
     def run(self, row: int, end: int, threads: int) -> None:
-        if threads < 2 or not self.busy.acquire(blocking=False):
+        if threads < 2 or time.perf_counter() < self.alone_until or not self.busy.acquire(blocking=False):
             _alone(row, end)
             return
         try:
             if len(self.followers) != threads - 1:
                 self._hire(threads - 1)
             self._wake()
-            _lead(self.control, row, end)
+            if _lead(self.control, row, end) > LATE:
+                self.alone_until = time.perf_counter() + self.pause
+                self.pause = min(2 * self.pause, LONGEST)
+            else:
+                self.pause = max(self.pause / 1.1, SHORTEST)
         finally:
             self.busy.release()
 
