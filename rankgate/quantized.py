@@ -8,11 +8,8 @@ An input group (q/k/v, gate/up) is one matrix W (m × n) here, its members' rows
 `A B`   the always-on subspace: a low-rank correction of the rounding error, 8 bits with a scale per component.
 `E`     the refinement plane, 4 bits, stored by column: channel j is read by the tokens whose x_j exceeds t_j.
 
-`QuantizedGroup.reference` is the oracle. Kernels that read the packed bytes are behind two operators; backends in `ops`
-register them:
-
-    quantized_gemv   y of a few tokens, from the tensors of a group, or from a table that says where they are
-    unpack           Q for many tokens to share
+`QuantizedGroup.reference` is the oracle. Kernels that read the packed bytes are behind the operator `quantized_linear`:
+y from the tensors of a group, or from a table that says where they are. Backends in `ops` register them.
 """
 
 from __future__ import annotations
@@ -240,22 +237,23 @@ class QuantizedGroup(LinearGroup):
         return cls(base, low_rank, refinement)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A few tokens take a kernel that reads packed bytes; more of them share one unpacked matrix."""
-        if self.watched or x.requires_grad:
+        """By a kernel that reads packed bytes, where the device has one for so many tokens."""
+        cpu = x.device.type == "cpu"
+        unusual = self.watched or x.requires_grad or x.dtype == torch.float64
+        if unusual or not (cpu or few(x)):
             return self.reference(x)
+        linear = torch.ops.rankgate.quantized_linear
         y: Tensor
-        eager = x.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph outlives addresses, and fuses
-        if few(x):
-            gemv = torch.ops.rankgate.quantized_gemv
-            y = gemv(x, self.table(), self.m) if eager else gemv.parts(x, self.parts)
-            return y
-        Q = torch.ops.rankgate.unpack(*self.parts[:3], self.n) if eager else None
-        return self.reference(x, Q)
+        if cpu and not torch.compiler.is_compiling():  # a graph outlives addresses
+            y = linear(x, self.table(), self.m)
+        else:
+            y = linear.parts(x, self.parts)
+        return y
 
-    def reference(self, x: Tensor, Q: Tensor | None = None) -> Tensor:
-        """The definition, in float32 or better. `Q`: the base (m × n) float32 if it is unpacked already."""
+    def reference(self, x: Tensor) -> Tensor:
+        """The definition, in float32 or better."""
         wide = widen(x)
-        y = F.linear(wide, (self.base.dequantize() if Q is None else Q).to(wide.dtype))
+        y = F.linear(wide, self.base.dequantize(wide.dtype))
         if self.low_rank is not None:
             y += self.low_rank(wide)
         if self.refinement is not None:
@@ -321,23 +319,16 @@ def table_of(n: int, parts: list[Tensor | None]) -> np.ndarray:
     return np.array(shape + [0 if part is None else part.data_ptr() for part in parts], np.int64)
 
 
-def gemv(x: Tensor, parts: list[Tensor | None]) -> Tensor:
+def linear(x: Tensor, parts: list[Tensor | None]) -> Tensor:
     """`QuantizedGroup.reference` of its parts."""
     return QuantizedGroup.of(x.shape[-1], parts).reference(x)
 
 
-def unpack(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int) -> Tensor:
-    """`QuantizedMatrix.dequantize` of its tensors."""
-    return QuantizedMatrix(n, codes, scale, zero).dequantize()
-
-
-operators.define("quantized_gemv(Tensor x, int table, int m) -> Tensor")
-operators.impl("quantized_gemv", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
-operators.define("quantized_gemv.parts(Tensor x, Tensor?[] parts) -> Tensor")
-operators.impl("quantized_gemv.parts", gemv, "CompositeExplicitAutograd")
-operators.impl("quantized_gemv.parts", lambda x, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
-operators.define("unpack(Tensor codes, Tensor scale, Tensor? zero, int n) -> Tensor")
-operators.impl("unpack", unpack, "CompositeExplicitAutograd")
+operators.define("quantized_linear(Tensor x, int table, int m) -> Tensor")
+operators.impl("quantized_linear", lambda x, table, m: x.new_empty((*x.shape[:-1], m)), "Meta")
+operators.define("quantized_linear.parts(Tensor x, Tensor?[] parts) -> Tensor")
+operators.impl("quantized_linear.parts", linear, "CompositeExplicitAutograd")
+operators.impl("quantized_linear.parts", lambda x, parts: x.new_empty((*x.shape[:-1], parts[0].shape[0])), "Meta")
 
 
 class QuantizedHead(GroupedLinear):

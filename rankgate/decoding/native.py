@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from rankgate.decoding.chains import Chain, codes_of, dimensions
-from rankgate.ops.cpu import attention, dense, elementwise, quantized, team
+from rankgate.ops.cpu import attention, dense, elementwise, many, quantized, team
 from rankgate.ops.cpu.attention import KINDS
 
 aten = torch.ops.aten
-GEMV, ATTEND = torch.ops.rankgate.quantized_gemv.default, torch.ops.rankgate.attend.default
+QUANTIZED, ATTEND = torch.ops.rankgate.quantized_linear.default, torch.ops.rankgate.attend.default
 SHARE = 16 << 10  # elements of a matrix that are worth a chunk
 MOST_CHUNKS = 1024
 FLOATS = set(KINDS)
@@ -237,18 +237,16 @@ class Native:
         x, W = _args(node)
         return self.values[W].dim() == 2 and self._product(node, value, x, self.values[W], None)
 
-    def _gemv(self, node: fx.Node, value: Tensor) -> bool:
-        x, table, m = _args(node)
+    def _quantized(self, node: fx.Node, value: Tensor) -> bool:
+        x, table, _ = _args(node)
         if self.values[x].dtype not in KINDS:
             return False
         wide, found = self._wide(x), self._accumulator(value)
-        n = wide.shape[-1]
-        for token in range(wide.numel() // n):
-            product = quantized.Product(table)
-            product.arguments[quantized.X] = wide.data_ptr() + 4 * n * token
-            product.arguments[quantized.Y] = found.data_ptr() + 4 * m * token
-            for row in product.rows:
-                self._add_rows(row, product)
+        tokens = wide.numel() // wide.shape[-1]
+        product = quantized.Product(table) if tokens == 1 else many.Products(table, tokens)
+        product.arguments[[quantized.X, quantized.Y]] = wide.data_ptr(), found.data_ptr()
+        for row in product.rows:
+            self._add_rows(row, product)
         self._rounded(node, value, found)
         return True
 
@@ -361,7 +359,7 @@ def _is_view(value: Any, args: Any) -> bool:
 
 
 LOWER: dict[Any, Callable[[Native, fx.Node, Any], bool]] = {
-    GEMV: Native._gemv,
+    QUANTIZED: Native._quantized,
     aten.linear.default: Native._linear,
     aten.addmm.default: Native._addmm,
     aten.mm.default: Native._matmul,

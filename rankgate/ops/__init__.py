@@ -3,21 +3,21 @@
 An operator is defined where its mathematics is, with the definition as its implementation on every device. A backend
 registers what it does better, below; nobody above chooses between kernels.
 
-    operator              device  tokens  kernel
-    --------------------  ------  ------  ------------------------------------------------------------
-    gated                 CUDA    1-8     ops/gpu/gated.py       subspace, gate, residual
-    quantized_gemv        CPU     1-8     ops/cpu/quantized.py   from a table of addresses, eagerly
-    quantized_gemv.parts  CPU     1-8     ops/cpu/quantized.py   the same in a graph
-    quantized_gemv.parts  CUDA    1-8     ops/gpu/quantized.py   Q x, and ops/gpu/refined.py beside it
-    unpack                CPU     9-      ops/cpu/quantized.py   Q in float32
-    attend                CPU     1-1     ops/cpu/attention.py   over the cache of a layer
-    attend_at             CUDA    1-      ops/gpu/attention.py   over a cache found through a table
-    round_block           CPU     -       ops/cpu/rounding.py    while converting
-    round_block           CUDA    -       ops/gpu/rounding.py    while converting
+    operator                device  tokens  kernel
+    ----------------------  ------  ------  ------------------------------------------------------------
+    gated                   CUDA    1-8     ops/gpu/gated.py       subspace, gate, residual
+    quantized_linear        CPU     1-      ops/cpu/many.py        from a table of addresses, eagerly
+    quantized_linear.parts  CPU     1-      ops/cpu/many.py        the same in a graph
+    quantized_linear.parts  CUDA    1-8     ops/gpu/quantized.py   Q x, and ops/gpu/refined.py beside it
+    attend                  CPU     1-1     ops/cpu/attention.py   over the cache of a layer
+    attend_at               CUDA    1-      ops/gpu/attention.py   over a cache found through a table
+    round_block             CPU     -       ops/cpu/rounding.py    while converting
+    round_block             CUDA    -       ops/gpu/rounding.py    while converting
 
-A device that is missing, another number of tokens, or a dtype that a kernel does not take: the definition. Beside the
-operators, captured steps on a CPU have dense products (`ops/cpu/dense.py`) and chains of functions of every element
-(`ops/cpu/elementwise.py`), as rows of a program that threads share (`ops/cpu/team.py`).
+A device that is missing, another number of tokens, or a dtype that a kernel does not take: the definition. One token of
+`quantized_linear` is multiplied by `ops/cpu/quantized.py`. Beside the operators, captured steps on a CPU have dense
+products (`ops/cpu/dense.py`) and chains of functions of every element (`ops/cpu/elementwise.py`), as rows of a program
+that threads share (`ops/cpu/team.py`).
 """
 
 from rankgate.ops import attention, rounding  # isort: split

@@ -55,7 +55,7 @@ def test_a_model_is_one_graph_with_the_same_answers(name):
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize(("name", "operator"), [("gsi", "gated"), ("lrq refined", "quantized_gemv.parts")])
+@pytest.mark.parametrize(("name", "operator"), [("gsi", "gated"), ("lrq refined", "quantized_linear.parts")])
 def test_a_group_is_asked_once(name, operator):
     model, counter = converted("llama", name), Counter()
     groups = {shared_part(layer) for _, layer in converted_layers(model)}

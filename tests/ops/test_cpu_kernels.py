@@ -1,4 +1,4 @@
-"""The CPU kernels against the oracle, `QuantizedGroup.reference`."""
+"""The CPU kernels of one token against the oracle, `QuantizedGroup.reference`."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankgate.core import FEW, GroupedLinear
+from rankgate.core import GroupedLinear
 from rankgate.errors import RankgateError
 from rankgate.ops.cpu import quantized as cpu
 from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement, pack_nibbles, unpack_nibbles
@@ -68,10 +68,9 @@ def test_kernel_is_the_oracle_within_the_derived_bound(
     path: int, shape: tuple[int, int], bits: int, zero: bool, rank: int, opened: float
 ) -> None:
     quantized = group(*shape, bits, zero=zero, rank=rank, opened=opened)
-    for tokens in (1, 3):
-        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(7)) * 3
-        x[:, 0] *= 100  # one block with a wide range
-        assert ((quantized(x) - quantized.reference(x)).abs() <= bound(quantized, x)).all()
+    x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(7)) * 3
+    x[:, 0] *= 100  # one block with a wide range
+    assert ((quantized(x) - quantized.reference(x)).abs() <= bound(quantized, x)).all()
 
 
 def test_float32_rounding_alone_where_x_has_few_bits(path: int) -> None:
@@ -97,15 +96,6 @@ def test_strided_input() -> None:
     quantized = group(40, 96)
     wide = torch.randn(3, 192)
     torch.testing.assert_close(quantized(wide[:, ::2]), quantized(wide[:, ::2].contiguous()))
-
-
-def test_many_tokens_take_the_unpacked_matrix() -> None:
-    for bits in (4, 8):
-        for zero in (False, True):
-            quantized = group(65, 70, bits, zero=zero, rank=4, opened=0.2)
-            torch.testing.assert_close(cpu.unpack(*quantized.parts[:3], quantized.n), quantized.base.dequantize())
-            x = torch.randn(2, FEW, 70)
-            torch.testing.assert_close(quantized(x), quantized.reference(x))
 
 
 def test_no_channel_open_and_x_of_zero(path: int) -> None:

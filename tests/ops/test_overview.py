@@ -34,9 +34,9 @@ def call(operator: str, device: str, tokens: int) -> Any:
     match operator:
         case "gated":
             return registered(x, torch.eye(70, device=place)[:8].contiguous(), noise(9, 8), noise(9, 70), 0.5)
-        case "quantized_gemv.parts" if device == "CUDA":
+        case "quantized_linear.parts" if device == "CUDA":
             return registered(x, group(65, 70).to(place).parts)
-        case "quantized_gemv" | "quantized_gemv.parts" | "unpack":
+        case "quantized_linear" | "quantized_linear.parts":
             return group(65, 70)(x)
         case "attend" | "attend_at":
             q, k, v, keys, values = (noise(1, 2, count, 8) for count in (*[tokens] * 3, 64, 64))
@@ -65,7 +65,7 @@ def test_kernels_compute_these_numbers_of_tokens(row: dict[str, str], monkeypatc
     function = "arguments_of" if operator == "attend" else route.function  # of its kernels
     kernel = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *arguments: calls.append(operator) or kernel(*arguments))
-    if operator == "quantized_gemv.parts" and device == "CPU":
+    if operator == "quantized_linear.parts" and device == "CPU":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     first, last = RANGE.fullmatch(row["tokens"]).groups()
     least, most = int(first or 1), int(last or 3 * FEW)

@@ -20,7 +20,6 @@ import threading
 
 import numpy as np
 import torch
-from numba import carray
 from torch import Tensor
 
 from rankgate.ops.cpu import team, vnni
@@ -29,11 +28,9 @@ from rankgate.ops.cpu.vector import (
     GROUP,
     LANES,
     add_columns,
-    byte_pointer,
     column_order,
     dot_bytes,
     dot_bytes_four,
-    float_pointer,
     prefetch_columns,
     read_bfloat16,
     read_float,
@@ -48,7 +45,6 @@ from rankgate.ops.cpu.vector import (
     write_int64,
 )
 from rankgate.ops.cpu.vnni import rows_dot, split_x
-from rankgate.quantized import NIBBLE_ZERO, table_of
 
 # words of `quantized.table_of`
 M, N, BITS, RANK, CODES, SCALE, ZERO, A, B, COMPONENT, PLANE, ROW, COLUMN, THRESHOLD = range(14)
@@ -60,7 +56,6 @@ TABLE, X, Y, ROUNDED, Z, CHANNELS, COEFFICIENTS, OPEN, PATH, ROWS = range(10)
 PLAIN, SHORT, VNNI = range(3)
 PATHS = [VNNI] * vnni.AVAILABLE + [SHORT, PLAIN]  # that this processor has, the best first
 ROW_ORDER, COLUMN_ORDER = np.array(row_order()), np.array(column_order())
-MOST_PARTS = 256  # chunks of an unpacked matrix
 MOST_CHUNKS = 1024  # of a product
 LARGE = 1 << 15  # blocks of a matrix that takes chunks of 64 rows, else 32
 LARGEST, SMALLEST = np.float32(32767), np.float32(1e-30)  # code of x; and x that is not 0
@@ -250,41 +245,6 @@ def multiply(arguments: int, chunk: int) -> None:
             _refine(table, first, end, channels, coefficients, count, y)
 
 
-@Kernel
-def _dequantize(arguments: int, chunk: int) -> None:
-    """A chunk of rows of Q. Arguments: m, blocks, bits, rows of a chunk; addresses of codes, scale, zero and Q."""
-    m, blocks, bits = read_int64(arguments, 0), read_int64(arguments, 8), read_int64(arguments, 16)
-    rows, half = read_int64(arguments, 24), GROUP // 2
-    width = half if bits == 4 else GROUP
-    codes = carray(byte_pointer(read_int64(arguments, 32)), (m * blocks, width))
-    scale, zero = read_int64(arguments, 40), carray(byte_pointer(read_int64(arguments, 48)), m * blocks)
-    out = carray(float_pointer(read_int64(arguments, 56)), (m * blocks, GROUP))
-    for i in range(chunk * rows * blocks, min((chunk + 1) * rows, m) * blocks):
-        s = read_bfloat16(scale, 2 * i)
-        shift = -s * np.float32(zero[i])
-        if bits == 4:
-            for j in range(half):
-                out[i, j] = s * np.float32(np.int32(codes[i, j]) & 15) + shift
-            for j in range(half):
-                out[i, half + j] = s * np.float32((np.int32(codes[i, j]) >> 4) & 15) + shift
-        else:
-            for j in range(GROUP):
-                out[i, j] = s * np.float32(codes[i, j]) + shift
-
-
-def unpack(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int) -> Tensor:
-    """`QuantizedMatrix.dequantize` (m × n, float32), some times faster."""
-    (m, blocks), bits = scale.shape, 4 if codes.dtype == torch.uint8 else 8
-    if zero is None:
-        zero = torch.full(scale.shape, NIBBLE_ZERO if bits == 4 else 0, dtype=torch.int8)
-    out = torch.empty(m, blocks * GROUP)
-    rows = -(-m // MOST_PARTS)
-    addresses = [t.data_ptr() for t in (codes.contiguous(), scale.contiguous(), zero.contiguous(), out)]
-    words = np.array([m, blocks, bits, rows, *addresses], np.int64)
-    team.run(np.array([team.row(_dequantize, words, -(-m // rows))], np.int64))
-    return out[:, :n]
-
-
 class Product:
     """One product as two rows of a program, its x and y to be given, and the memory that they need."""
 
@@ -321,17 +281,10 @@ def _product(table: int) -> Product:
 
 
 def gemv(x: Tensor, table: int, m: int) -> Tensor:
-    """y (…, m) for each token of x (…, n); `table` is the address of a `table_of`."""
+    """y (…, m) of one token x (…, n); `table` is the address of a `table_of`."""
     wide = x.detach().float().contiguous()
     y = torch.empty((*x.shape[:-1], m))
-    product, n = _product(table), x.shape[-1]
-    for token in range(x.numel() // n):
-        product.arguments[X], product.arguments[Y] = wide.data_ptr() + 4 * n * token, y.data_ptr() + 4 * m * token
-        team.run(product.program)
+    product = _product(table)
+    product.arguments[X], product.arguments[Y] = wide.data_ptr(), y.data_ptr()
+    team.run(product.program)
     return y.to(x.dtype)
-
-
-def gemv_of(x: Tensor, parts: list[Tensor | None]) -> Tensor:
-    """The same from `QuantizedGroup.parts`."""
-    table = table_of(x.shape[-1], parts)
-    return gemv(x, table.ctypes.data, int(table[M]))

@@ -12,7 +12,7 @@ from rankgate.core import few
 from rankgate.core import gated as gated_definition
 from rankgate.ops.register import register
 from rankgate.ops.rounding import round_block_reference
-from rankgate.quantized import gemv as gemv_definition
+from rankgate.quantized import linear as linear_definition
 
 TRITON = importlib.util.find_spec("triton") is not None
 
@@ -28,7 +28,9 @@ def takes(x: Tensor, *_: Any) -> bool:
 
 
 register("gated", "CUDA", "rankgate.ops.gpu.gated.gemv", takes=takes, definition=gated_definition)
-register("quantized_gemv.parts", "CUDA", "rankgate.ops.gpu.quantized.gemv_of", takes=takes, definition=gemv_definition)
+register(
+    "quantized_linear.parts", "CUDA", "rankgate.ops.gpu.quantized.gemv_of", takes=takes, definition=linear_definition
+)
 register("attend_at", "CUDA", "rankgate.ops.gpu.attention.attend")
 register(
     *("round_block", "CUDA", "rankgate.ops.gpu.rounding.round_block"),
