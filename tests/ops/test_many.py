@@ -75,7 +75,8 @@ def test_other_processors(name: str) -> None:
     """Tests of this file, compiled for less than this processor has."""
     cpu, features = PROCESSORS[name]
     env = {**os.environ, OTHER: name, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "NUMBA_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", __file__, "-k", "shape5 and kernel or finite or most or dtype"]
+    tests = "shape5 and kernel or finite or most or dtype"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", __file__, "-k", tests]
     run = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
 
