@@ -317,7 +317,7 @@ class Products:
         self.scratch = torch.empty(sum(sizes), dtype=torch.uint8)
         starts = itertools.accumulate(sizes[:-1], initial=self.scratch.data_ptr())
         prepared = TILE if tokens <= 8 * TILE else 4 * TILE
-        together = 16 * TILE
+        together = 32 * TILE
         while strips * -(-tokens // together) > team.MOST_CHUNKS:
             together *= 2
         self.arguments = np.array([table, 0, 0, tokens, *starts, prepared, together], np.int64)
