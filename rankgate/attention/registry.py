@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from transformers.masking_utils import causal_mask_function
 
 from rankgate.errors import RankgateError
@@ -27,6 +28,15 @@ def beyond_plain(options: Mapping[str, Any]) -> str:
 def is_plainly_causal(mask_function: Callable[..., Any]) -> bool:
     """Whether a query token sees itself and everything before it: no window, no chunks, nothing else."""
     return mask_function is causal_mask_function
+
+
+def is_window(mask_function: Callable[..., Any], window: int) -> bool:
+    """Whether a query token sees itself and the `window` − 1 before it, by what the function says of many positions."""
+    key = torch.arange(3 * window)[None]
+    query = torch.tensor([0, 1, window - 1, window, window + 1, 2 * window, 3 * window - 1])[:, None]
+    expected = (key <= query) & (key > query - window)
+    zero = torch.zeros((), dtype=torch.int64)
+    return torch.equal(torch.as_tensor(mask_function(zero, zero, query, key)).expand_as(expected), expected)
 
 
 def refuse_beyond_plain(options: Mapping[str, Any]) -> None:

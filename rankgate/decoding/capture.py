@@ -24,12 +24,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from rankgate.attention.cache import CountedLayer
-from rankgate.attention.registry import beyond_plain, is_plainly_causal
+from rankgate.attention.registry import beyond_plain, is_plainly_causal, is_window
 
 Step = Callable[[Tensor, Tensor], Tensor]  # logits (tokens, vocabulary) from tokens and positions, (1, tokens) int64
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
@@ -43,7 +43,7 @@ class Uncapturable(Exception):
 class _TracedLayer(CountedLayer):
     """Stands for one layer of the cache during a trace: hands out the whole buffers and remembers the new entry.
 
-    attention: takes the query, the new entry's key and value, and the scale; see `ops.attention`.
+    attention: takes the query, the new entry's key and value, the scale and the window; see `ops.attention`.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, length: int, attention: Callable[..., Tensor]) -> None:
@@ -65,12 +65,12 @@ class _TracedLayer(CountedLayer):
         self.entry = key_states, value_states
         return self.keys, self.values
 
-    def attend(self, query: Tensor, scale: float) -> Tensor:
-        """One operation: store the new entries, attend to all before each (1, tokens, heads, width)."""
+    def attend(self, query: Tensor, scale: float, window: int) -> Tensor:
+        """One operation: store the new entries, attend to what each sees before it (1, tokens, heads, width)."""
         if self.entry is None or self.attended:
             raise Uncapturable("a layer's attention does not follow its cache update")
         self.attended = True
-        return self.attention(query, *self.entry, scale)
+        return self.attention(query, *self.entry, scale, window)
 
 
 def _attention(
@@ -83,17 +83,19 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, for what is traced."""
+    window = 0 if attention_mask is None else getattr(attention_mask, "_rankgate_window", -1)
+    named = kwargs.pop("sliding_window", None)
     beyond = beyond_plain(kwargs)
-    if attention_mask is not None or beyond:
+    if window < 0 or beyond or (named or 0) != window:
         raise Uncapturable(f"its attention takes {beyond or 'a mask'}")
-    return _attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else float(scaling)), None
+    return _attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else float(scaling), window), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0) -> Tensor:
     layer: _TracedLayer | None = getattr(key, "_rankgate_layer", None)
     if layer is None or value is not layer.values:
         raise Uncapturable("its attention does not read the cache as it was written")
-    return layer.attend(query, scale)
+    return layer.attend(query, scale, window)
 
 
 def _older_attention(
@@ -105,13 +107,19 @@ def _older_attention(
     return _attend(query, key, value, 1 / float(cast(Any, self).scale_attn)).transpose(1, 2), None
 
 
-def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> None:
-    """transformers' mask interface: a query token sees itself and everything before, if nothing else is asked for.
+def _mask(*_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any) -> Tensor | None:
+    """transformers' mask interface: a query token sees itself and everything before, or that within a window.
 
     A padding mask can only be one that the model made for itself, all ones: the decode loop gives none.
     """
-    if not is_plainly_causal(mask_function):
-        raise Uncapturable("its attention mask is not plainly causal")
+    if is_plainly_causal(mask_function):
+        return None
+    with disable_proxy_modes_tracing():  # what is asked here is no part of a step
+        if local_size is None or not is_window(mask_function, local_size):
+            raise Uncapturable("its attention mask is neither plainly causal nor a window")
+        mask = torch.empty(0)
+    mask._rankgate_window = local_size  # type: ignore[attr-defined]
+    return mask
 
 
 AttentionInterface.register(NAME, _attention)
@@ -147,11 +155,15 @@ def _trace(
     """The model's forward for tokens from position `at` on; for inputs and buffers see `_example`."""
 
     def step(token: Tensor, position: Tensor, *cache: Tensor) -> Tensor:
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
             if token.device.type == "cuda":
+                if window:
+                    raise Uncapturable("its attention has windows, which steps on a GPU do not know")
                 out: Tensor = torch.ops.rankgate.attend_at(q, k, v, cache[0], layer, position, scale)
             else:
-                out = torch.ops.rankgate.attend(q, k, v, cache[2 * layer], cache[2 * layer + 1], position, scale)
+                out = torch.ops.rankgate.attend(
+                    q, k, v, cache[2 * layer], cache[2 * layer + 1], position, scale, window
+                )
             return out
 
         pairs = zip(buffers[::2], buffers[1::2], strict=True)

@@ -26,11 +26,10 @@ from typing import Any, cast
 import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from rankgate.decoding.loop import fast_generate
+from rankgate.decoding.loop import fast_generate, is_empty
 from rankgate.decoding.readers import Reader, follow, open_reader
 from rankgate.errors import RankgateError
 
@@ -287,7 +286,7 @@ def _check(
         "an encoder": model.config.is_encoder_decoder,
         "a dictionary as result": config.return_dict_in_generate,
         "a cache other than a plain, empty, dynamic one": type(cache) is not DynamicCache
-        or any(type(layer) is not DynamicLayer or layer.get_seq_length() for layer in cache.layers)
+        or not all(is_empty(layer) for layer in cache.layers)
         or not kwargs.get("use_cache"),
     }
     for reason, holds in reasons.items():

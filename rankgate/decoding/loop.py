@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
@@ -168,6 +168,11 @@ def fast_generate(
     return cast(Any, model).generate(input_ids, custom_generate=custom, **kwargs)
 
 
+def is_empty(layer: Any) -> bool:
+    """Whether a layer of a cache is a plain or a windowed one without any token: ours take its place."""
+    return type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} and not layer.get_seq_length()
+
+
 def unsupported(
     model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
 ) -> str | None:
@@ -187,7 +192,7 @@ def unsupported(
         "a prompt read in chunks": config.prefill_chunk_size is not None,
         "a cache other than a plain, empty, dynamic one": type(cache) is not DynamicCache
         or not cache.layers
-        or any(type(layer) is not DynamicLayer or layer.get_seq_length() for layer in cache.layers)
+        or not all(is_empty(layer) for layer in cache.layers)
         or cache.offloading
         or getattr(cache, "_is_user_defined", False)
         or not kwargs.get("use_cache"),

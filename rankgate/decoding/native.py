@@ -251,7 +251,7 @@ class Native:
         return True
 
     def _attend(self, node: fx.Node, value: Tensor) -> bool:
-        q, k, v, keys, values, position, scale = _args(node)
+        q, k, v, keys, values, position, scale, window = _args(node)
         cache = self.values[keys]
         if cache.dtype not in KINDS or self.values[q].shape[2] > 1 or self.values[position] is not self.position:
             return False
@@ -260,7 +260,10 @@ class Native:
         query, found = self._wide(q), self._accumulator(value)
         new_key, new_value = (self._contiguous(n) for n in (k, v))
         words = attention.arguments_of(
-            query, new_key, new_value, cache, self.values[values], self.position, scale, found
+            *(query, new_key, new_value, cache, self.values[values], self.position),
+            scale=scale,
+            window=window,
+            out=found,
         )
         self.caches.append((words, self.cache_nodes[keys], self.cache_nodes[values]))
         self._add_rows(team.row(attention.remember, words, 1), words)

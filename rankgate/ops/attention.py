@@ -1,14 +1,15 @@
 """Attention of new tokens, mostly one, over a preallocated cache.
 
-    out_h = Σ_t softmax_t(s q_h · k_t) v_t,    t = 0 … p,    h = 0 … H − 1
+    out_h = Σ_t softmax_t(s q_h · k_t) v_t,    t = max(0, p − w + 1) … p,    h = 0 … H − 1
 
-Query heads share key heads in groups of H / G. The operator also stores the new key and value at position p, so that a
-traced decode step has one node per layer, whose shapes do not depend on p: p is read from a tensor.
+w is the window of the layer, if it has one. Query heads share key heads in groups of H / G. The operator also stores
+the new key and value at position p, so that a traced decode step has one node per layer, whose shapes do not depend on
+p: p is read from a tensor.
 
     attend      keys and values are buffers of one layer
-    attend_at   they are found through a table of all layers on a GPU (`ops.gpu.attention.table`)
+    attend_at   they are found through a table of all layers on a GPU (`ops.gpu.attention.table`); no windows
 
-Not covered: masks, windows, soft caps, sinks.
+Not covered: other masks, soft caps, sinks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rankgate.core import operators
 
 
 def attend_reference(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float, window: int = 0
 ) -> Tensor:
     """The definition; also the path of dtypes, devices and numbers of tokens without a kernel.
 
@@ -33,6 +34,7 @@ def attend_reference(
         values: (1, G, capacity, e), contiguous; written in place.
         position: (1, T) int64, ascending, below the capacity. Not checked here: the decode loop owns it.
         scale: s.
+        window: w, 0 for none.
 
     Returns (1, T, H, e).
     """
@@ -40,14 +42,16 @@ def attend_reference(
     keys.index_copy_(2, at, k)
     values.index_copy_(2, at, v)
     end = int(at[-1]) + 1
-    seen = torch.arange(end, device=at.device) <= at[:, None]
+    past = at[:, None] - torch.arange(end, device=at.device)
+    seen = (past >= 0) & (past < window) if window else past >= 0
     known = keys[:, :, :end], values[:, :, :end]
     out = F.scaled_dot_product_attention(q, *known, attn_mask=seen, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
 
 
 operators.define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor position, float scale) -> Tensor"
+    "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor position, float scale, "
+    "int window) -> Tensor"
 )
 operators.impl("attend", attend_reference, "CompositeExplicitAutograd")
 operators.define("attend_at(Tensor q, Tensor k, Tensor v, Tensor cache, int layer, Tensor position, float s) -> Tensor")
