@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from rankgate.decoding.chains import Chain, codes_of, dimensions
-from rankgate.ops.cpu import attention, dense, elementwise, many, quantized, team
+from rankgate.ops.cpu import attention, dense, elementwise, many, norms, quantized, team
 from rankgate.ops.cpu.attention import KINDS
 
 aten = torch.ops.aten
@@ -277,7 +277,7 @@ class Native:
             return False
         width = table.shape[1] * table.element_size()
         self._row(
-            elementwise.embedding,
+            norms.embedding,
             [indices.numel(), table.shape[0], width, indices.data_ptr(), table.data_ptr(), value.data_ptr()],
         )
         return True
@@ -293,7 +293,7 @@ class Native:
             return False
         addresses = [0 if n is None else self._contiguous(n).data_ptr() for n in (x, weight, bias)]
         sizes = [value.numel() // shape[0], shape[0], elementwise.DTYPES.index(value.dtype), _bits(eps)]
-        self._row(elementwise.layer_norm, [*sizes, *addresses, value.data_ptr()])
+        self._row(norms.layer_norm, [*sizes, *addresses, value.data_ptr()])
         return True
 
     def _mean(self, node: fx.Node, value: Tensor) -> bool:
@@ -303,7 +303,7 @@ class Native:
         source, width = self._contiguous(_args(node)[0]), x.shape[-1]
         kinds = [elementwise.DTYPES.index(t.dtype) for t in (source, value)]
         words = [x.numel() // width, width, kinds[0], source.data_ptr(), kinds[1], value.data_ptr()]
-        self._row(elementwise.mean, words)
+        self._row(norms.mean, words)
         return True
 
     def _repeat(self, node: fx.Node, value: Tensor) -> bool:

@@ -141,7 +141,7 @@ def _size(dtype: int) -> int:
 
 
 @jit
-def _load(dtype: int, address: int, stride: int, out: Any, count: int) -> None:  # noqa: PLR0912 (a branch for each instruction)
+def load(dtype: int, address: int, stride: int, out: Any, count: int) -> None:  # noqa: PLR0912 (a branch for each instruction)
     """`count` values of a stored dtype, `stride` elements apart, as float32."""
     size = (count - 1) * stride + 1
     if dtype == 0:
@@ -175,8 +175,8 @@ def _load(dtype: int, address: int, stride: int, out: Any, count: int) -> None: 
 
 
 @jit
-def _store(dtype: int, address: int, stride: int, values: Any, count: int) -> None:  # noqa: PLR0912 (a branch for each instruction)
-    """The inverse of `_load`, of values that the dtype has."""
+def store(dtype: int, address: int, stride: int, values: Any, count: int) -> None:  # noqa: PLR0912 (a branch for each instruction)
+    """The inverse of `load`, of values that the dtype has."""
     size = (count - 1) * stride + 1
     if dtype == 0:
         floats = carray(float_pointer(address), size)
@@ -243,7 +243,7 @@ def _binary(code: int, out: Any, a: Any, b: Any, count: int) -> None:  # noqa: P
 
 
 @jit
-def _unary(code: int, out: Any, a: Any, count: int) -> None:  # noqa: PLR0912 (a branch for each instruction)
+def unary(code: int, out: Any, a: Any, count: int) -> None:  # noqa: PLR0912 (a branch for each instruction)
     if code == BFLOAT16:
         for i in range(count):
             out[i] = round_bfloat16(a[i])
@@ -335,96 +335,12 @@ def chain(arguments: int, chunk: int) -> None:
                 place = i0 * read_int64(at, 64) + i1 * read_int64(at, 72) + i2 * read_int64(at, 80) + start * stride
                 address = read_int64(at, 40) + size * place
                 if code == LOAD:
-                    _load(dtype, address, stride, out, width)
+                    load(dtype, address, stride, out, width)
                 else:
-                    _store(dtype, address, stride, a, width)
+                    store(dtype, address, stride, a, width)
             elif code == FILL:
                 out[:width] = read_float(at, 32)
             elif ADD <= code <= MINIMUM:
                 _binary(code, out, a, slots[read_int64(at, 24)], width)
             else:
-                _unary(code, out, a, width)
-
-
-@Kernel
-def mean(arguments: int, chunk: int) -> None:
-    """Of every row. Arguments: rows, width, dtype and address of x, of the result."""
-    rows, width = read_int64(arguments, 0), read_int64(arguments, 8)
-    dtype, x = read_int64(arguments, 16), read_int64(arguments, 24)
-    target, out = read_int64(arguments, 32), read_int64(arguments, 40)
-    slots = carray(float_pointer(stack()), (SLOTS, TILE))
-    size = 4 if dtype == 0 else 2
-    for r in range(rows):
-        total = np.float32(0)
-        for start in range(0, width, TILE):
-            count = min(TILE, width - start)
-            _load(dtype, x + size * (r * width + start), 1, slots[0], count)
-            for i in range(count):
-                total += slots[0, i]
-        slots[0, 0] = total / np.float32(width)
-        _rounded(target, slots[0], 1)
-        _store(target, out + (4 if target == 0 else 2) * r, 1, slots[0], 1)
-
-
-@jit
-def _rounded(dtype: int, values: Any, count: int) -> None:
-    if dtype == 1:
-        _unary(BFLOAT16, values, values, count)
-    elif dtype == 2:
-        _unary(FLOAT16, values, values, count)
-
-
-@Kernel
-def layer_norm(arguments: int, chunk: int) -> None:
-    """Of every row. Arguments: rows, width, dtype, ε (bits of a float32); addresses of x, weight or 0, bias or 0, y."""
-    rows, width, dtype = read_int64(arguments, 0), read_int64(arguments, 8), read_int64(arguments, 16)
-    eps, x, weight = read_float(arguments, 24), read_int64(arguments, 32), read_int64(arguments, 40)
-    bias, out = read_int64(arguments, 48), read_int64(arguments, 56)
-    slots = carray(float_pointer(stack()), (SLOTS, TILE))
-    size = 4 if dtype == 0 else 2
-    for r in range(rows):
-        total, squares = np.float64(0), np.float64(0)
-        for start in range(0, width, TILE):
-            count = min(TILE, width - start)
-            _load(dtype, x + size * (r * width + start), 1, slots[0], count)
-            for i in range(count):
-                total += slots[0, i]
-        mean = np.float32(total / width)
-        for start in range(0, width, TILE):
-            count = min(TILE, width - start)
-            _load(dtype, x + size * (r * width + start), 1, slots[0], count)
-            for i in range(count):
-                squares += (slots[0, i] - mean) * (slots[0, i] - mean)
-        factor = np.float32(1 / np.sqrt(squares / width + eps))
-        for start in range(0, width, TILE):
-            count = min(TILE, width - start)
-            _load(dtype, x + size * (r * width + start), 1, slots[0], count)
-            if weight:
-                _load(dtype, weight + size * start, 1, slots[1], count)
-            else:
-                slots[1, :count] = 1
-            if bias:
-                _load(dtype, bias + size * start, 1, slots[2], count)
-            else:
-                slots[2, :count] = 0
-            for i in range(count):
-                slots[0, i] = (slots[0, i] - mean) * factor * slots[1, i] + slots[2, i]
-            _rounded(dtype, slots[0], count)
-            _store(dtype, out + size * (r * width + start), 1, slots[0], count)
-
-
-@Kernel
-def embedding(arguments: int, chunk: int) -> None:
-    """Rows of a table. Arguments: indices, rows of the table, bytes of a row; addresses of indices (int64), table, y.
-
-    A row that the table does not have is not a number: all its bits are one.
-    """
-    count, rows, width = read_int64(arguments, 0), read_int64(arguments, 8), read_int64(arguments, 16)
-    indices = carray(integer_pointer(read_int64(arguments, 24)), count)
-    table = carray(byte_pointer(read_int64(arguments, 32)), (rows, width))
-    out = carray(byte_pointer(read_int64(arguments, 40)), (count, width))
-    for i in range(count):
-        if 0 <= indices[i] < rows:
-            out[i, :] = table[indices[i], :]
-        else:
-            out[i, :] = -1
+                unary(code, out, a, width)
