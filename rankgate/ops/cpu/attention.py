@@ -105,5 +105,5 @@ def attend(
     query, k, v = q.float().contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty((1, 1, q.shape[1], values.shape[3]))
     words = arguments_of(query, k, v, keys, values, position, scale=scale, window=window, out=out)
-    team.run(np.array([team.row(remember, words, 1), team.row(attend_head, words, q.shape[1])], np.int64))
+    team.run_between(np.array([team.row(remember, words, 1), team.row(attend_head, words, q.shape[1])], np.int64))
     return out.to(q.dtype)

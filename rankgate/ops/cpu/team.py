@@ -14,6 +14,9 @@ rotation) it does at once, without a word to the others.
 Where other work takes a processor, a leader may wait some ms for a chunk again and again; so after a long wait it works
 alone for some time, and for longer if that does not help.
 
+Between operations of torch, whose threads spin for a while after each, its own threads take the followers' part
+(`run_between`).
+
 One program runs at a time. A thread that finds the team busy works its program off alone. A forked child has no
 threads but the one that forked, and gets its own team at its first program.
 """
@@ -21,10 +24,12 @@ threads but the one that forked, and gets its own team at its first program.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -87,15 +92,30 @@ def _take(control: int) -> bool:
 
 
 @jit
+def _open(control: int, row: int, end: int) -> bool:
+    """Begin a program, whether there is something in it for several threads."""
+    row = _first_shared(row, end)
+    if row < end:
+        store(control + END, end)
+        store(control + FINISHED, 0)
+        _publish(control, row)
+    return row < end
+
+
+@Kernel
+def _join(control: int, _: int) -> None:
+    """Take part until the program is through."""
+    while not load(control + FINISHED):
+        if not _take(control):
+            pause()
+
+
+@jit
 def _lead(control: int, row: int, end: int) -> int:
     """Work off a program; the longest time that the leader waited, in pauses."""
-    row = _first_shared(row, end)
     longest = waited = 0
-    if row == end:
+    if not _open(control, row, end):
         return longest
-    store(control + END, end)
-    store(control + FINISHED, 0)
-    _publish(control, row)
     while not load(control + FINISHED):
         if _take(control):
             waited = 0
@@ -129,6 +149,9 @@ def _alone(row: int, end: int) -> None:
         row += 8 * ROW
 
 
+_born = os.getpid()
+
+
 class _Team:
     """Those who work on one program at a time."""
 
@@ -138,9 +161,12 @@ class _Team:
     def begin(self) -> None:
         """Without followers: at first, and in a forked child."""
         self.busy = threading.Lock()
+        self.forked = os.getpid() != _born  # GNU's OpenMP does not survive that
         self.followers: list[threading.Thread] = []
         self.asleep: deque[threading.Lock] = deque()
         self.alone_until, self.pause = 0.0, SHORTEST
+        self._block = np.zeros(BLOCK // 8 + 8, np.int64)
+        self.control = -(-self._block.ctypes.data // 64) * 64
 
     def run(self, row: int, end: int, threads: int) -> None:
         if threads < 2 or time.perf_counter() < self.alone_until or not self.busy.acquire(blocking=False):
@@ -158,10 +184,19 @@ class _Team:
         finally:
             self.busy.release()
 
+    def run_by(self, openmp: Callable[..., None], row: int, end: int, threads: int) -> None:
+        """The same by the threads of OpenMP that torch uses, which wait by spinning for some time after its work."""
+        if threads < 2 or not self.busy.acquire(blocking=False):
+            _alone(row, end)
+            return
+        try:
+            if _open(self.control, row, end):
+                openmp(_join.address, self.control, threads, 0)
+        finally:
+            self.busy.release()
+
     def _hire(self, followers: int) -> None:
         self._dismiss()
-        self._block = np.zeros(BLOCK // 8 + 8, np.int64)
-        self.control = -(-self._block.ctypes.data // 64) * 64
         self._quit = self._block[(self.control - self._block.ctypes.data + QUIT) // 8 :][:1]
         self._quit[0] = 1
         _follow(self.control)  # is compiled before the threads begin
@@ -207,6 +242,29 @@ def run(program: np.ndarray, threads: int | None = None) -> None:
     """Work off `program` (rows × 3, int64), with all arguments in place, by so many threads: by default `size()`."""
     begin = program.ctypes.data
     _team.run(begin, begin + program.nbytes, size() if threads is None else threads)
+
+
+def run_between(program: np.ndarray) -> None:
+    """The same between operations of torch, by its threads: they and followers would fight for the processors."""
+    begin, openmp = program.ctypes.data, _openmp()
+    if openmp is None or _team.forked:
+        _team.run(begin, begin + program.nbytes, size())
+    else:
+        _team.run_by(openmp, begin, begin + program.nbytes, size())
+
+
+@cache
+def _openmp() -> Callable[..., None] | None:
+    """GNU's OpenMP as torch has loaded it: function, argument, threads, flags. None where torch has another one."""
+    try:
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+        path = next((path for path in sorted(loaded) if "/torch" in path), None)
+        parallel = None if path is None else ctypes.CDLL(path).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    if parallel is not None:
+        parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
 
 
 def row(kernel: Kernel, arguments: np.ndarray, chunks: int) -> list[int]:
