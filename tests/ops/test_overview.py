@@ -64,7 +64,7 @@ def test_kernels_compute_these_numbers_of_tokens(row: dict[str, str], monkeypatc
     module, calls = importlib.import_module(route.module), []
     function = "arguments_of" if operator == "attend" else route.function  # of its kernels
     kernel = getattr(module, function)
-    monkeypatch.setattr(module, function, lambda *arguments: calls.append(operator) or kernel(*arguments))
+    monkeypatch.setattr(module, function, lambda *given, **named: calls.append(operator) or kernel(*given, **named))
     if operator == "quantized_linear.parts" and device == "CPU":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     first, last = RANGE.fullmatch(row["tokens"]).groups()
