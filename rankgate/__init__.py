@@ -92,29 +92,21 @@ __all__ = [
 ]
 
 
-@wrapt.when_imported("transformers.quantizers.auto")
-def _register(_: Any) -> None:
-    importlib.import_module("rankgate.hub.quantizer")
+_BRINGS = {  # what else is imported with a module, which knows nothing of it
+    "transformers.quantizers.auto": "rankgate.hub.quantizer",
+    "rankgate.core": "rankgate.quantized",
+    "rankgate.quantized": "rankgate.ops",
+    "rankgate.conversion.convert": "rankgate.hub.checkpoint",
+    "peft": "rankgate.hub.adapters",
+}
 
 
-@wrapt.when_imported("rankgate.core")
-def _bring_storage(_: Any) -> None:
-    importlib.import_module("rankgate.quantized")
+def _bring(module: Any) -> None:
+    importlib.import_module(_BRINGS[module.__name__])
 
 
-@wrapt.when_imported("rankgate.quantized")
-def _bring_kernels(_: Any) -> None:
-    importlib.import_module("rankgate.ops")
-
-
-@wrapt.when_imported("rankgate.conversion.convert")
-def _bring_files(_: Any) -> None:
-    importlib.import_module("rankgate.hub.checkpoint")
-
-
-@wrapt.when_imported("peft")
-def _bring_adapters(_: Any) -> None:
-    importlib.import_module("rankgate.hub.adapters")
+for _name in _BRINGS:
+    wrapt.register_post_import_hook(_bring, _name)
 
 
 def __getattr__(name: str) -> Any:

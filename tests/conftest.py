@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from rankgate.conversion.calibration import Stats, calibrate
+from rankgate.hub.opening import Opened, open_any
 
 torch.set_num_threads(1)  # tiny models, and pytest runs one process per core
 VOCAB = 260
@@ -115,6 +116,21 @@ def chat_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, None
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def opened(chat_dir: Path) -> Opened:
+    """That model."""
+    return open_any(str(chat_dir))
+
+
+@pytest.fixture(scope="module")
+def address(opened: Opened) -> Iterator[str]:
+    """Of a server with it."""
+    from server import serving
+
+    with serving(opened) as address:
+        yield address
 
 
 @pytest.fixture

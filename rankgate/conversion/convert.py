@@ -79,7 +79,7 @@ def convert_(
         reports[name] = LayerReport(name, name, m, n, reason=reason)
     others, lm_head = _checked(overrides or {}, model, list(reports), lm_head)
     used: dict[tuple[str, ...], GroupStats] = {}
-    for one in (method, *(other for other in others.values() if other is not None)):
+    for one in methods_of(method, others):
         used |= statistics_for(model, one, stats)
     try:
         for chosen, groups in assigned(list(used) or input_groups(model), method, others):
@@ -143,6 +143,11 @@ def _checked(others: Others, model: PreTrainedModel, names: list[str], lm_head: 
         raise RankgateError(f"the output embedding {head[0]} can be rounded to int8 only, or stay dense")
     linear = {name for name in others if any(matches(name, module) for module in names if module not in head)}
     return {name: other for name, other in others.items() if name in linear}, own is not None
+
+
+def methods_of(method: Method, others: Others) -> list[Method]:
+    """All that take part in a conversion."""
+    return [method, *(other for other in others.values() if other is not None)]
 
 
 def override(others: Others, modules: Sequence[str], method: Method | None) -> Method | None:

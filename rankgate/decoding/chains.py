@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from rankgate.ops.cpu import elementwise as e
+from rankgate.ops.cpu.vector import bits_of
 
 aten = torch.ops.aten
 UNARY = {
@@ -164,7 +165,7 @@ class Chain:
         words: list[int] = []
         weight = 0
         for code, out, a, b, number, tensor in self.code:
-            words += [code, out, a, b, int(np.float32(number).view(np.int32))]
+            words += [code, out, a, b, bits_of(number)]
             weight += 32 if code in SLOW else 6 if code in CURVED else 1
             if tensor is None:
                 words += [0] * 6

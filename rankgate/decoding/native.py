@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from rankgate.decoding.chains import Chain, codes_of, dimensions
 from rankgate.ops.cpu import attention, dense, elementwise, many, norms, quantized, team
 from rankgate.ops.cpu.attention import KINDS
+from rankgate.ops.cpu.vector import bits_of
 
 aten = torch.ops.aten
 QUANTIZED, ATTEND = torch.ops.rankgate.quantized_linear.default, torch.ops.rankgate.attend.default
@@ -134,11 +135,10 @@ class Native:
         self.rows.append(row)
         self.kept.extend(kept)
 
-    def _row(self, kernel: Any, words: list[int], chunks: int = 1) -> np.ndarray:
+    def _row(self, kernel: Any, words: list[int], chunks: int = 1) -> None:
         self._end_chain()
         arguments = np.array(words, np.int64)
         self._add_rows(team.row(kernel, arguments, chunks), arguments)
-        return arguments
 
     def _elementwise(self, node: fx.Node, value: Any) -> bool:
         """Put `node` on a chain, if it is an operation on every element."""
@@ -292,7 +292,7 @@ class Native:
         ):
             return False
         addresses = [0 if n is None else self._contiguous(n).data_ptr() for n in (x, weight, bias)]
-        sizes = [value.numel() // shape[0], shape[0], elementwise.DTYPES.index(value.dtype), _bits(eps)]
+        sizes = [value.numel() // shape[0], shape[0], elementwise.DTYPES.index(value.dtype), bits_of(eps)]
         self._row(norms.layer_norm, [*sizes, *addresses, value.data_ptr()])
         return True
 
@@ -346,10 +346,6 @@ class Native:
 
 def _args(node: fx.Node) -> tuple[Any, ...]:
     return node.args
-
-
-def _bits(number: float) -> int:
-    return int(np.float32(number).view(np.int32))
 
 
 def _is_view(value: Any, args: Any) -> bool:

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from rankgate.conversion.calibration import calibrate
-from rankgate.conversion.convert import Converted, LayerReport, convert_, converted_layers
+from rankgate.conversion.convert import Converted, LayerReport, convert_, converted_layers, methods_of
 from rankgate.core import GatedGroup, GroupedLinear
 from rankgate.errors import RankgateError, listed
 from rankgate.hub.config import RankgateConfig
-from rankgate.hub.layout import describe
 from rankgate.hub.texts import text_windows
 from rankgate.quantized import QuantizedGroup, QuantizedHead
 
@@ -24,13 +23,13 @@ CACHE_LINE = 64  # bytes
 def convert_loaded_(model: PreTrainedModel, config: RankgateConfig) -> list[LayerReport]:
     """Convert a dense model that was just loaded; `config` then says what it is made of."""
     method, others = config.build(), config.others()
-    used = [method, *(other for other in others.values() if other is not None)]
+    used = methods_of(method, others)
     stats = None
     if any(m.needs_stats for m in used):
         windows = config.windows if config.windows is not None else _windows(model, config)
         stats = calibrate(model, windows, sensitivity=any(m.needs_sensitivity for m in used))
     layers = convert_(model, method, stats, overrides=others)
-    config.modules = describe(model)
+    config.modules = model.config.quantization_config.modules  # as convert_ described it
     model.config.quantization_config = config
     return layers
 

@@ -71,6 +71,7 @@ class RankgateQuantizer(HfQuantizer):
                     parent._is_hf_initialized = True  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        from rankgate.conversion.convert import methods_of
         from rankgate.hub.loading import align_, convert_loaded_, freeze_
 
         places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
@@ -82,9 +83,8 @@ class RankgateQuantizer(HfQuantizer):
             self._check_shapes(model)
             freeze_(model)
             config = self.quantization_config
-            for method in (config.build(), *config.others().values()):
-                if method is not None:
-                    method.attach(model)
+            for method in methods_of(config.build(), config.others()):
+                method.attach(model)
         else:
             convert_loaded_(model, self.quantization_config)
         return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import openai
 import pytest
 import torch
 from conftest import tiny_model, tokens
-from server import LONG, post, serving
+from server import LONG, post
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rankgate.decoding import loop
 from rankgate.decoding.steps import captured
-from rankgate.hub.opening import Opened, open_any
+from rankgate.hub.opening import Opened
 from rankgate.serving import likelihood
 from rankgate.serving.answer import chat_tokens
 from rankgate.serving.likelihood import Scorer, spelling
@@ -25,17 +24,6 @@ from rankgate.serving.likelihood import Scorer, spelling
 SHORT = {**LONG, "prompt": "once upon", "max_tokens": 8}
 HELLO = [{"role": "user", "content": "Hello"}]
 TOLERANCE = {"abs": 1e-4}  # of float32 logits of size 10, by steps or at once
-
-
-@pytest.fixture(scope="module")
-def opened(chat_dir: Path) -> Opened:
-    return open_any(str(chat_dir))
-
-
-@pytest.fixture(scope="module")
-def address(opened: Opened) -> Iterator[str]:
-    with serving(opened) as address:
-        yield address
 
 
 def expected(opened: Opened, ids: list[int]) -> torch.Tensor:

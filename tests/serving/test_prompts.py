@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx2
 import pytest
 from server import LONG, metrics, post, serving
 
-from rankgate.hub.opening import Opened, open_any
+from rankgate.hub.opening import Opened
 
 SHORT = {**LONG, "max_tokens": 6}
 CHAT = {"model": "tiny-chat", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6, "temperature": 0}
 ON_CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def opened(chat_dir: Path) -> Opened:
-    return open_any(str(chat_dir))
 
 
 @pytest.fixture(scope="module")

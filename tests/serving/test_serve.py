@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx2
 import openai
@@ -15,22 +13,11 @@ import torch
 from server import LONG, begun, metrics, post, serving, wait_for
 
 from rankgate.decoding.loop import fast_generate
-from rankgate.hub.opening import Opened, open_any
+from rankgate.hub.opening import Opened
 from rankgate.serving import answer as answering
 from rankgate.serving.answer import chat_tokens
 
 HELLO = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def opened(chat_dir: Path) -> Opened:
-    return open_any(str(chat_dir))
-
-
-@pytest.fixture(scope="module")
-def address(opened: Opened) -> Iterator[str]:
-    with serving(opened) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

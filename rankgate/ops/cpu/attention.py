@@ -15,7 +15,7 @@ from rankgate.ops.cpu import team
 from rankgate.ops.cpu.compile import Kernel, jit
 from rankgate.ops.cpu.dense import BFLOAT16, FLOAT16, FLOAT32, combine_rows, dot_rows
 from rankgate.ops.cpu.elementwise import exp
-from rankgate.ops.cpu.vector import byte_pointer, float_pointer, read_int64
+from rankgate.ops.cpu.vector import bits_of, byte_pointer, float_pointer, read_int64
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 # words of the arguments: how keys and values are stored; query heads, groups of them, room of the cache, d, e, bits of
@@ -91,8 +91,7 @@ def arguments_of(
 ) -> np.ndarray:
     """Of both kernels, for contiguous tensors; q and the result are float32, the others of the cache's dtype."""
     _, groups, capacity, width = keys.shape
-    number = int(np.float32(scale).view(np.int32))
-    sizes = [KINDS[keys.dtype], q.shape[1], groups, capacity, width, values.shape[3], number, window]
+    sizes = [KINDS[keys.dtype], q.shape[1], groups, capacity, width, values.shape[3], bits_of(scale), window]
     return np.array(sizes + [t.data_ptr() for t in (q, out, k, v, keys, values, position)], np.int64)
 
 

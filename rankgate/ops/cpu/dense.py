@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from rankgate.ops.cpu.compile import Kernel, jit
-from rankgate.ops.cpu.vector import read_float, read_int64, write_float
+from rankgate.ops.cpu.vector import prefetch, read_float, read_int64, write_float
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)  # how an element is stored
 LANES, ROWS, COLUMNS = 16, 4, 64  # of a vector; rows and columns at once
@@ -52,13 +52,6 @@ def _move(builder: Any, address: Any, index: Any, size: int) -> Any:
     return builder.add(address, builder.mul(index, LONG(size)))
 
 
-def _prefetch(builder: Any, address: Any) -> None:
-    line = builder.inttoptr(address, BYTE.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [line.type, WORD, WORD, WORD])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [line, WORD(0), WORD(3), WORD(1)])
-
-
 def _dot(builder: Any, kind: int, count: int, arguments: list[Any]) -> None:
     matrix, stride, x, n, out = arguments
     size = 4 if kind == FLOAT32 else 2
@@ -70,7 +63,7 @@ def _dot(builder: Any, kind: int, count: int, arguments: list[Any]) -> None:
         ahead = _move(builder, builder.add(matrix, LONG(AHEAD)), loop.index, size * LANES * count)
         for r, (total, start) in enumerate(zip(totals, starts, strict=True)):
             if size * LANES * r % 64 == 0:
-                _prefetch(builder, builder.add(ahead, LONG(size * LANES * r)))
+                prefetch(builder, builder.add(ahead, LONG(size * LANES * r)))
             w = load(builder, kind, _move(builder, start, loop.index, size * LANES), LANES)
             builder.store(_fma(builder, w, values, builder.load(total)), total)
     reduce = ir.FunctionType(FLOAT, [FLOAT, ir.VectorType(FLOAT, LANES)])

@@ -43,11 +43,12 @@ from rankgate.ops.cpu.quantized import (
     B,
     M,
     N,
+    columns_of,
     gemv,
 )
 from rankgate.ops.cpu.strips import (
+    TABLE,
     blocks_of,
-    columns_of,
     floats,
     of_table,
     row_factors,
@@ -294,7 +295,7 @@ def multiply(arguments: int, chunk: int) -> None:
 def _refine(arguments: int, first: int, t: int, row: int, sums: int) -> None:
     """Add to 64 rows of token t what its open channels restore."""
     blocks, slots = blocks_of(arguments, N), _slots(arguments)
-    codes, stride = columns_of(arguments, first)
+    codes, stride = columns_of(read_int64(arguments, 8 * TABLE), first)
     channels = read_int64(arguments, 8 * CHANNELS) + 4 * t * blocks * GROUP
     digits = read_int64(arguments, 8 * V_DIGITS)
     scale = digits + DIGITS * slots * blocks

@@ -168,7 +168,7 @@ def _vnni_rows(table: int, start: int, stop: int, x: int, z: int, y: int) -> Non
 
 
 @jit
-def _columns_of(table: int, chunk: int) -> tuple[int, int]:
+def columns_of(table: int, chunk: int) -> tuple[int, int]:
     """Where the 64 rows from `chunk` on begin in column 0 of the refinement plane, and the bytes to the next column."""
     m, n = read_int64(table, 8 * M), read_int64(table, 8 * N)
     strip, pairs = chunk // (2 * GROUP), (m + GROUP - 1) // GROUP // 2
@@ -184,7 +184,7 @@ def _refine(table: int, chunk: int, stop: int, channels: int, coefficients: int,
     for k in range(count):
         total += read_float(coefficients, 4 * k)
     sums = np.empty(GROUP, np.float32)
-    address, stride = _columns_of(table, chunk)
+    address, stride = columns_of(table, chunk)
     add_columns(address, stride, channels, coefficients, count, sums.ctypes.data)
     for i in range(GROUP):
         r = chunk + COLUMN_ORDER[i]
@@ -230,7 +230,7 @@ def multiply(arguments: int, chunk: int) -> None:
     for first in range(start, stop, GROUP):
         end = min(first + GROUP, stop)
         if count:
-            address, stride = _columns_of(table, first)
+            address, stride = columns_of(table, first)
             prefetch_columns(address, stride, channels, count)
         if path == VNNI:
             _vnni_rows(table, first, end, x, z, y)

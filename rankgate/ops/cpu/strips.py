@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray
 
 from rankgate.ops.cpu.compile import jit
-from rankgate.ops.cpu.quantized import BITS, CODES, PLANE, RANK, ROW, SCALE, ZERO, A, M, N
+from rankgate.ops.cpu.quantized import BITS, CODES, RANK, ROW, SCALE, ZERO, A, M, N, columns_of
 from rankgate.ops.cpu.tiles import GROUP, STEP, unpack_bytes, unpack_columns, unpack_nibbles
 from rankgate.ops.cpu.vector import (
     float_pointer,
@@ -81,18 +81,10 @@ def unpack_factor(arguments: int, first: int, a: int) -> None:
 
 
 @jit
-def columns_of(arguments: int, first: int) -> tuple[int, int]:
-    """Where the 64 rows from `first` on begin in column 0 of the refinement plane, and the bytes to the next column."""
-    strip, pairs = first // (2 * GROUP), blocks_of(arguments, M) // 2
-    codes = of_table(arguments, PLANE) + strip * of_table(arguments, N) * GROUP + first % (2 * GROUP) // 2
-    return codes, GROUP if strip < pairs else GROUP // 2
-
-
-@jit
 def unpack_plane(arguments: int, first: int, w: int, scale: int) -> None:
     """The same rows of the refinement plane: 16 nibbles, and the factor of every row for each block."""
     n, blocks = of_table(arguments, N), blocks_of(arguments, N)
-    codes, stride = columns_of(arguments, first)
+    codes, stride = columns_of(read_int64(arguments, 8 * TABLE), first)
     unpack_columns(codes, stride, n - 1, blocks, w)
     for g in range(blocks):
         row_factors(arguments, first, scale + 4 * GROUP * g)

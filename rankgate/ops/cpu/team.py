@@ -168,32 +168,29 @@ class _Team:
         self._block = np.zeros(BLOCK // 8 + 8, np.int64)
         self.control = -(-self._block.ctypes.data // 64) * 64
 
-    def run(self, row: int, end: int, threads: int) -> None:
-        if threads < 2 or time.perf_counter() < self.alone_until or not self.busy.acquire(blocking=False):
+    def run(self, row: int, end: int, threads: int, openmp: Callable[..., None] | None = None) -> None:
+        """Work off a program by followers, or by the threads of `openmp`."""
+        late = openmp is None and time.perf_counter() < self.alone_until
+        if threads < 2 or late or not self.busy.acquire(blocking=False):
             _alone(row, end)
             return
         try:
-            if len(self.followers) != threads - 1:
-                self._hire(threads - 1)
-            self._wake()
-            if _lead(self.control, row, end) > LATE:
-                self.alone_until = time.perf_counter() + self.pause
-                self.pause = min(2 * self.pause, LONGEST)
-            else:
-                self.pause = max(self.pause / 1.1, SHORTEST)
-        finally:
-            self.busy.release()
-
-    def run_by(self, openmp: Callable[..., None], row: int, end: int, threads: int) -> None:
-        """The same by the threads of OpenMP that torch uses, which wait by spinning for some time after its work."""
-        if threads < 2 or not self.busy.acquire(blocking=False):
-            _alone(row, end)
-            return
-        try:
-            if _open(self.control, row, end):
+            if openmp is None:
+                self._lead(row, end, threads)
+            elif _open(self.control, row, end):
                 openmp(_join.address, self.control, threads, 0)
         finally:
             self.busy.release()
+
+    def _lead(self, row: int, end: int, threads: int) -> None:
+        if len(self.followers) != threads - 1:
+            self._hire(threads - 1)
+        self._wake()
+        if _lead(self.control, row, end) > LATE:
+            self.alone_until = time.perf_counter() + self.pause
+            self.pause = min(2 * self.pause, LONGEST)
+        else:
+            self.pause = max(self.pause / 1.1, SHORTEST)
 
     def _hire(self, followers: int) -> None:
         self._dismiss()
@@ -246,11 +243,8 @@ def run(program: np.ndarray, threads: int | None = None) -> None:
 
 def run_between(program: np.ndarray) -> None:
     """The same between operations of torch, by its threads: they and followers would fight for the processors."""
-    begin, openmp = program.ctypes.data, _openmp()
-    if openmp is None or _team.forked:
-        _team.run(begin, begin + program.nbytes, size())
-    else:
-        _team.run_by(openmp, begin, begin + program.nbytes, size())
+    begin = program.ctypes.data
+    _team.run(begin, begin + program.nbytes, size(), None if _team.forked else _openmp())
 
 
 @cache
@@ -305,7 +299,8 @@ def quota(root: Path, groups: str) -> float | None:
         for mount in [root / controllers, root / "cpu"] if controllers else [root, root / "unified"]:
             own = mount / path.strip("/")
             for folder in [own, *(p for p in own.parents if p.is_relative_to(mount))]:
-                found += [share for share in (_share(folder, bool(controllers)),) if share is not None]
+                if (share := _share(folder, bool(controllers))) is not None:
+                    found.append(share)
     return min(found, default=None)
 
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from rankgate.ops.cpu.vector import FEATURES
 
 GROUP = 64  # inputs with one scale; rows of a strip
 STEP = 4  # inputs that a lane takes at once
@@ -31,17 +32,6 @@ INT, LONG, BYTE, FLOAT = ir.IntType(32), ir.IntType(64), ir.IntType(8), ir.Float
 ROUND = 0x4B400000  # 1.5 · 2^23 as float32: added to a float, its last bits are the nearest integer
 INFINITE = 0x7F800000
 TINY = 0x08000000  # 2^-111; a block of x below counts as zero
-
-
-def _features() -> set[str]:
-    """Of the processor that Numba compiles for."""
-    named: str | None = numba.config.CPU_FEATURES
-    if named is not None:
-        return {name[1:] for name in named.split(",") if name.startswith("+")}
-    return {name for name, has in binding.get_host_cpu_features().items() if has}
-
-
-FEATURES = _features()
 WIDE = {"avx512vnni", "avx512vl", "avx512bw"} <= FEATURES
 VNNI = WIDE or "avxvnni" in FEATURES
 LANES = 16 if WIDE else 8

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
+import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
@@ -26,7 +28,23 @@ WORD, SHORT, BYTE, FLOAT = ir.IntType(32), ir.IntType(16), ir.IntType(8), ir.Flo
 WORDS, SHORTS, FLOATS = ir.VectorType(WORD, LANES), ir.VectorType(SHORT, PAIRS), ir.VectorType(FLOAT, LANES)
 MANTISSA_TOP = 19  # lowest of the four highest mantissa bits
 MASK, ONE = 15 << MANTISSA_TOP, 0x3F800000
-HAS_PMADDWD = bool(binding.get_host_cpu_features().get("avx2"))
+
+
+def _features() -> set[str]:
+    """Of the processor that Numba compiles for."""
+    named: str | None = numba.config.CPU_FEATURES
+    if named is not None:
+        return {name[1:] for name in named.split(",") if name.startswith("+")}
+    return {name for name, has in binding.get_host_cpu_features().items() if has}
+
+
+FEATURES = _features()
+HAS_PMADDWD = "avx2" in FEATURES
+
+
+def bits_of(number: float) -> int:
+    """Of a float32, as a word of arguments."""
+    return int(np.float32(number).view(np.int32))
 
 
 def row_order() -> list[int]:
@@ -63,6 +81,14 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 def _bfloat16(builder: Any, address: Any, offset: Any) -> Any:
     bits = builder.zext(_load(builder, address, offset, ir.IntType(16)), WORD)
     return builder.bitcast(builder.shl(bits, WORD(16)), FLOAT)
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at an address."""
+    line = builder.inttoptr(address, BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [line.type, WORD, WORD, WORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [line, WORD(0), WORD(3), WORD(1)])  # read, keep in all caches, data
 
 
 def _sum(builder: Any, vector: Any) -> Any:
@@ -211,13 +237,9 @@ def prefetch_columns(_: Any, codes: Any, stride: Any, channels: Any, count: Any)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, stride, channels, count = arguments
-        pointer = BYTE.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, WORD, WORD, WORD])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         with cgutils.for_range(builder, count) as loop:
             j = _load(builder, channels, _times(builder, loop.index, 8), ir.IntType(64))
-            line = builder.inttoptr(builder.add(codes, builder.mul(j, stride)), pointer)
-            builder.call(prefetch, [line, WORD(0), WORD(3), WORD(1)])  # read, keep in all caches, data
+            prefetch(builder, builder.add(codes, builder.mul(j, stride)))
         return context.get_dummy_value()
 
     return types.void(codes, stride, channels, count), codegen

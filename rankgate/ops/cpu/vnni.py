@@ -13,13 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from rankgate.ops.cpu.compile import jit
-from rankgate.ops.cpu.vector import read_float, write_float, write_int32
+from rankgate.ops.cpu.vector import FEATURES, prefetch, read_float, write_float, write_int32
 
 GROUP = 64
 ROWS = 4  # at once
@@ -31,8 +31,7 @@ LONG, WORD, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16),
 LANES = 16
 WORDS, FLOATS, BYTES = ir.VectorType(WORD, LANES), ir.VectorType(FLOAT, LANES), ir.VectorType(BYTE, GROUP)
 UNIT = 128  # bytes of a unit's factors and sums, before the bytes of its codes
-NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
-AVAILABLE = all(binding.get_host_cpu_features().get(name) for name in NEEDED)
+AVAILABLE = {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= FEATURES
 
 
 def _constant(value: Any, kind: Any) -> Any:
@@ -56,14 +55,6 @@ def _splat(builder: Any, value: Any, kind: Any) -> Any:
 def _call(builder: Any, name: str, kind: Any, arguments: list[Any]) -> Any:
     function = ir.FunctionType(kind, [a.type for a in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
-
-
-def _prefetch(builder: Any, address: Any, offset: int) -> None:
-    """Ask for a cache line."""
-    line = builder.inttoptr(builder.add(address, LONG(offset)), BYTE.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [line.type, WORD, WORD, WORD])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [line, WORD(0), WORD(3), WORD(1)])  # read, keep in all caches, data
 
 
 def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
@@ -158,7 +149,7 @@ def _rows_dot(builder: Any, variant: int, arguments: list[Any]) -> None:
         unit = builder.add(x, builder.mul(loop.index, LONG(_unit_bytes(nibbles))))
         ahead = builder.add(codes, LONG(AHEAD))
         for i in range(count):
-            _prefetch(builder, builder.add(ahead, builder.mul(loop.index, LONG(64 * count))), 64 * i)
+            prefetch(builder, builder.add(builder.add(ahead, builder.mul(loop.index, LONG(64 * count))), LONG(64 * i)))
         _unit(builder, int(nibbles), at(builder.shl(loop.index, LONG(int(nibbles)))), unit, has_zero, totals)
     if nibbles:
         with builder.if_then(builder.icmp_signed("!=", builder.and_(blocks, LONG(1)), LONG(0))):
