@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +49,7 @@ class Timer:
         products = [Product(group.table()) for group in groups]
         for product in products:
             product.arguments[X], product.arguments[Y] = x.data_ptr(), y.data_ptr()
-        program = np.array([row for product in products for row in product.rows], np.int64)
+        program = team.program([row for product in products for row in product.rows])
         return run([partial(team.run, program)]) / copies, read
 
     def _group(self, m: int, n: int, setting: Setting, i: int) -> tuple[QuantizedGroup, float]:

@@ -1,6 +1,7 @@
 """A captured step on a CPU: its operations as rows of programs for a team of threads (`ops.cpu.team`).
 
-Every result of the trace has a tensor of its own, for good, so what the trace calls a view is one, and costs nothing.
+Every result of the trace has its place, for good, so what the trace calls a view is one, and costs nothing; those that
+are not needed at the same time share it (`places`).
 The other operations become rows: products, attention, norms, rows of embeddings, and chains of operations on elements
 (`ops.cpu.elementwise`), which go on for as long as their shapes are the same. An operation without a kernel, or of a
 dtype without one, stays a call of torch between two programs.
@@ -17,14 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from rankgate.decoding.chains import Chain, codes_of, dimensions
+from rankgate.decoding.places import Places
 from rankgate.ops.cpu import attention, dense, elementwise, many, norms, quantized, team
 from rankgate.ops.cpu.attention import KINDS
 from rankgate.ops.cpu.vector import bits_of
 
 aten = torch.ops.aten
 QUANTIZED, ATTEND = torch.ops.rankgate.quantized_linear.default, torch.ops.rankgate.attend.default
-SHARE = 16 << 10  # elements of a matrix that are worth a chunk
-MOST_CHUNKS = 1024
 FLOATS = set(KINDS)
 
 
@@ -38,13 +38,14 @@ class Native:
         self.token, self.position = inputs[:2]
         self.buffers: list[Tensor] = []
         self.lock = threading.Lock()  # results have one place: one thread at a time
-        self.caches: list[tuple[np.ndarray, int, int]] = []  # arguments of attentions, numbers of keys and values
+        self.attentions: list[tuple[attention.Attention, int, int]] = []  # and numbers of their keys and values
         self.programs: list[np.ndarray | Callable[[], None]] = []
         self.kept: list[Any] = [module]  # what programs hold addresses of
         self.rows: list[list[int]] = []
         self.chain: Chain | None = None
         self.values: dict[fx.Node, Any] = {}
         self.floats: dict[fx.Node, Tensor] = {}  # results as contiguous float32
+        self.places = Places(module.graph)
         self.cache_nodes: dict[fx.Node, int] = {}
         with torch.no_grad():
             for number, (node, value) in enumerate(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)):
@@ -59,9 +60,9 @@ class Native:
                 elif node.op == "output":
                     self.logits: Tensor = self.values[_args(node)[0]]
         self._end_program()
-        self.kept.append(list(self.values.values()))
+        self.kept.append(self.places.blocks)
         self.parts = len(self.programs)
-        del self.values, self.floats
+        del self.values, self.floats, self.places
 
     def bind(self, buffers: list[Tensor], threads: int) -> Callable[[Tensor, Tensor], Tensor]:
         """A step on these keys and values."""
@@ -70,10 +71,8 @@ class Native:
     def _step(self, buffers: list[Tensor], threads: int, token: Tensor, position: Tensor) -> Tensor:
         with self.lock:
             if self.buffers is not buffers:
-                for words, keys, values in self.caches:
-                    words[attention.KEYS] = buffers[keys].data_ptr()
-                    words[attention.VALUES] = buffers[values].data_ptr()
-                    words[attention.CAPACITY] = buffers[keys].shape[2]
+                for attend, keys, values in self.attentions:
+                    attend.bind(buffers[keys], buffers[values])
                 self.buffers = buffers
             self.token.copy_(token)
             self.position.copy_(position)
@@ -87,20 +86,37 @@ class Native:
     def _lower(self, node: fx.Node) -> None:
         target: Any = node.target
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        if self.chain is None:
+            self.places.release(node)
         value = target(*args, **kwargs)
-        self.values[node] = value
         schema = getattr(target, "_schema", None)
-        if target is ATTEND:
-            if not self._attend(node, value):
-                self._call(node, value)
-        elif schema is not None and schema.is_mutable:
-            self._call(node, None)
-        elif target is aten.dropout.default and not args[2]:
-            self.values[node] = args[0]
-        elif not _is_view(value, args):
-            lower = LOWER.get(target)
-            if not (lower is not None and lower(self, node, value)) and not self._elementwise(node, value):
-                self._call(node, value)
+        if target is aten.dropout.default and not args[2]:
+            value = args[0]
+        if (schema is not None and schema.is_mutable and target is not ATTEND) or _is_view(value, args):
+            self._shared(node, value)
+            if schema is not None and schema.is_mutable:
+                self._call(node, None)
+            return
+        value = self._placed(node, value)
+        lower = LOWER.get(target)
+        if not (lower is not None and lower(self, node, value)) and not self._elementwise(node, value):
+            self._call(node, value)
+
+    def _shared(self, node: fx.Node, value: Any) -> None:
+        """`node` lies in memory of what it was given."""
+        self.values[node] = value
+        for tensor in torch.utils._pytree.tree_leaves(value):
+            if isinstance(tensor, Tensor):
+                self.places.share(node, tensor)
+
+    def _placed(self, node: fx.Node, value: Any) -> Any:
+        """The result of `node` in a place of ours."""
+
+        def place(result: Any) -> Any:
+            return self.places.take(result, node).copy_(result) if isinstance(result, Tensor) else result
+
+        self.values[node] = placed = torch.utils._pytree.tree_map(place, value)
+        return placed
 
     def _call(self, node: fx.Node, value: Any) -> None:
         """Leave `node` to torch, its result to be copied to `value`."""
@@ -122,7 +138,7 @@ class Native:
     def _end_program(self) -> None:
         self._end_chain()
         if self.rows:
-            self.programs.append(np.array(self.rows, np.int64))
+            self.programs.append(team.program(self.rows))
             self.rows = []
 
     def _end_chain(self) -> None:
@@ -135,10 +151,10 @@ class Native:
         self.rows.append(row)
         self.kept.extend(kept)
 
-    def _row(self, kernel: Any, words: list[int], chunks: int = 1) -> None:
+    def _row(self, kernel: Any, words: list[int], chunks: int = 1, *matrix: int) -> None:
         self._end_chain()
         arguments = np.array(words, np.int64)
-        self._add_rows(team.row(kernel, arguments, chunks), arguments)
+        self._add_rows(team.row(kernel, arguments, chunks, *matrix), arguments)
 
     def _elementwise(self, node: fx.Node, value: Any) -> bool:
         """Put `node` on a chain, if it is an operation on every element."""
@@ -173,8 +189,7 @@ class Native:
             self._end_chain()
             return value
         if node not in self.floats:
-            self.floats[node] = torch.empty(value.shape)
-            self.kept.append(self.floats[node])
+            self.floats[node] = self._float(value, node)
             self._copy(node, self.floats[node])
             self._end_chain()
         return self.floats[node]
@@ -184,19 +199,18 @@ class Native:
         self._end_chain()
         if value.is_contiguous():
             return value
-        target = torch.empty(value.shape, dtype=value.dtype)
-        self.kept.append(target)
+        target = self.places.take(torch.empty(value.shape, device="meta"), node, value.dtype)
         self._copy(node, target)
         self._end_chain()
         return target
 
-    def _accumulator(self, value: Tensor) -> Tensor:
-        """Where a kernel leaves `value` in float32: in it, if it is that."""
-        if value.dtype == torch.float32 and value.is_contiguous():
-            return value
-        target = torch.empty(value.shape)
-        self.kept.append(target)
-        return target
+    def _accumulator(self, node: fx.Node, value: Tensor) -> Tensor:
+        """Where a kernel leaves `value` of `node` in float32: in it, if it is that."""
+        return value if value.dtype == torch.float32 and value.is_contiguous() else self._float(value, node)
+
+    def _float(self, value: Tensor, node: fx.Node) -> Tensor:
+        """A place for a contiguous float32 copy."""
+        return self.places.take(torch.empty(value.shape, device="meta"), node, torch.float32)
 
     def _rounded(self, node: fx.Node, value: Tensor, found: Tensor, bias: Any = None) -> None:
         """Value = found + bias in its own dtype, if `found` is not `value`."""
@@ -211,17 +225,19 @@ class Native:
         if self.values[x].numel() != n or W.dtype not in KINDS or value.dtype not in KINDS or 1 not in W.stride():
             return False
         across = W.stride(1) == 1 and m > 1
-        wide, found = self._wide(x), self._accumulator(value)
-        share = max(4, SHARE // n // 4 * 4, -(-m // MOST_CHUNKS // 4) * 4)
-        if across:
-            share = -(-share // dense.COLUMNS) * dense.COLUMNS
+        wide, found = self._wide(x), self._accumulator(node, value)
+        share = team.chunk_rows(m, n * W.element_size(), dense.COLUMNS if across else dense.ROWS)
         stride = W.element_size() * W.stride(0 if across else 1)
         if bias is not None and self.values[bias].dtype == torch.float32 and found is value:
             address, bias = self.values[bias].data_ptr(), None
         else:
             address = 0
         words = [KINDS[W.dtype], m, n, stride, share, W.data_ptr(), wide.data_ptr(), address, found.data_ptr()]
-        self._row(dense.transposed if across else dense.linear, words, -(-m // share))
+        chunks = -(-m // share)
+        if across:
+            self._row(dense.transposed, words, chunks)
+        else:
+            self._row(dense.linear, words, chunks, W.data_ptr(), share * stride)
         self._rounded(node, value, found, bias)
         return True
 
@@ -241,7 +257,7 @@ class Native:
         x, table, _ = _args(node)
         if self.values[x].dtype not in KINDS:
             return False
-        wide, found = self._wide(x), self._accumulator(value)
+        wide, found = self._wide(x), self._accumulator(node, value)
         tokens = wide.numel() // wide.shape[-1]
         product = quantized.Product(table) if tokens == 1 else many.Products(table, tokens)
         product.arguments[[quantized.X, quantized.Y]] = wide.data_ptr(), found.data_ptr()
@@ -257,17 +273,17 @@ class Native:
             return False
         if any(self.values[n].dtype != cache.dtype for n in (k, v)) or value.dtype not in KINDS:
             return False
-        query, found = self._wide(q), self._accumulator(value)
+        query, found = self._wide(q), self._accumulator(node, value)
         new_key, new_value = (self._contiguous(n) for n in (k, v))
-        words = attention.arguments_of(
+        attend = attention.Attention(
             *(query, new_key, new_value, cache, self.values[values], self.position),
             scale=scale,
             window=window,
             out=found,
         )
-        self.caches.append((words, self.cache_nodes[keys], self.cache_nodes[values]))
-        self._add_rows(team.row(attention.remember, words, 1), words)
-        self._add_rows(team.row(attention.attend_head, words, query.shape[1]))
+        self.attentions.append((attend, self.cache_nodes[keys], self.cache_nodes[values]))
+        for row in attend.rows:
+            self._add_rows(row)
         self._rounded(node, value, found)
         return True
 
@@ -359,6 +375,7 @@ def _is_view(value: Any, args: Any) -> bool:
 
 LOWER: dict[Any, Callable[[Native, fx.Node, Any], bool]] = {
     QUANTIZED: Native._quantized,
+    ATTEND: Native._attend,
     aten.linear.default: Native._linear,
     aten.addmm.default: Native._addmm,
     aten.mm.default: Native._matmul,

@@ -75,7 +75,7 @@ class LlamaCpp:
         except ImportError as error:
             raise RankgateError("llama.cpp is not there; pip install llama-cpp-python, which compiles it") from error
         threads = torch.get_num_threads()
-        options |= {"n_ctx": context, "n_batch": context, "n_ubatch": context, "verbose": False}
+        options |= {"n_ctx": context, "n_batch": context, "n_ubatch": context, "flash_attn": True, "verbose": False}
         try:
             llama = Llama(self.subject.model, n_threads=threads, n_threads_batch=threads, **options)
         except (ValueError, RuntimeError) as error:

@@ -25,6 +25,7 @@ from rankgate.hub.opening import open_any, open_dense, open_pair
 from rankgate.quantized import GROUP
 
 LONG_PROMPT = 512
+NEVER = -1  # a token that no model gives: a text goes on to its full length
 QUALITY_TOKENS = 2048  # of held-out text
 
 
@@ -136,7 +137,7 @@ class Runner:
         return {"kl": result.kl_mean, "top1": result.top1}
 
     def _generate(self, ids: torch.Tensor, count: int, clock: Clock) -> None:
-        length = {"max_new_tokens": count, "min_new_tokens": count}
+        length = {"max_new_tokens": count, "eos_token_id": NEVER}
         self.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **length, **self.options)
 
 

@@ -62,7 +62,7 @@ def test_kernels_compute_these_numbers_of_tokens(row: dict[str, str], monkeypatc
     operator, device = row["operator"], row["device"]
     route = ROUTES[operator, device]
     module, calls = importlib.import_module(route.module), []
-    function = "arguments_of" if operator == "attend" else route.function  # of its kernels
+    function = "Attention" if operator == "attend" else route.function  # of its kernels
     kernel = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *given, **named: calls.append(operator) or kernel(*given, **named))
     if operator == "quantized_linear.parts" and device == "CPU":

@@ -1,6 +1,8 @@
 """`ops.attention` of one token on the CPU (Numba): scores and sums are products of a matrix and a vector (`dense`).
 
-Heads are shared out to threads. Accumulation is in float32.
+A chunk is a part of the text, for one group of heads: keys and values come from memory once, some KiB at a time, for
+all heads of the group. It keeps for each head the largest score, the sum of the weights relative to that, and the
+weighted values; a last row of one chunk puts the parts together. Accumulation is in float32.
 """
 
 from __future__ import annotations
@@ -15,84 +17,147 @@ from rankgate.ops.cpu import team
 from rankgate.ops.cpu.compile import Kernel, jit
 from rankgate.ops.cpu.dense import BFLOAT16, FLOAT16, FLOAT32, combine_rows, dot_rows
 from rankgate.ops.cpu.elementwise import exp
-from rankgate.ops.cpu.vector import bits_of, byte_pointer, float_pointer, read_int64
+from rankgate.ops.cpu.vector import ask, bits_of, byte_pointer, float_pointer, read_int64
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 # words of the arguments: how keys and values are stored; query heads, groups of them, room of the cache, d, e, bits of
 # s (float32), window; addresses of q (H × d) and the result (H × e), float32, of k (G × d), v (G × e), keys, values and
-# position
+# position; parts of a text, and the address of what each leaves for each head: largest score, sum, e weighted values
 STORED, HEADS, GROUPS, CAPACITY, WIDTH, VALUE_WIDTH, SCALE, WINDOW, Q, OUT, K, V, KEYS, VALUES, POSITION = range(15)
-
-
-@Kernel
-def remember(arguments: int, _: int) -> None:
-    """Store k and v at their position."""
-    size = 4 if read_int64(arguments, 8 * STORED) == FLOAT32 else 2
-    groups, capacity = read_int64(arguments, 8 * GROUPS), read_int64(arguments, 8 * CAPACITY)
-    at = read_int64(read_int64(arguments, 8 * POSITION), 0)
-    for width, new, cache in ((WIDTH, K, KEYS), (VALUE_WIDTH, V, VALUES)):
-        row = size * read_int64(arguments, 8 * width)
-        source = carray(byte_pointer(read_int64(arguments, 8 * new)), (groups, row))
-        target = carray(byte_pointer(read_int64(arguments, 8 * cache)), (groups, capacity, row))
-        for g in range(groups):
-            target[g, at, :] = source[g, :]
+PARTS, FOUND = 15, 16
+LINE = 64  # bytes
+TILE = 16 << 10  # bytes of keys that are read at once
+LOWEST = np.float32(-3e38)
 
 
 @jit
-def _softmax(scores: int, count: int, scale: float) -> None:
-    """Of `scale` times the scores, in place."""
-    values = carray(float_pointer(scores), count)
-    top = np.float32(-np.inf)
+def _remember(new: int, cache: int, row: int, at: int) -> None:
+    """Store a row of so many bytes at its position."""
+    source, target = carray(byte_pointer(new), row), carray(byte_pointer(cache + at * row), row)
+    for i in range(row):
+        target[i] = source[i]
+
+
+@jit
+def _weigh(scores: int, count: int, scale: float, found: int, value_width: int) -> None:
+    """Turn scores into weights relative to the largest one so far, and what has been found with them."""
+    values, part = carray(float_pointer(scores), count), carray(float_pointer(found), value_width + 2)
+    top = part[0]
     for t in range(count):
         values[t] *= scale
         top = max(top, values[t])
+    shrink = exp(part[0] - top)
     for t in range(count):
         values[t] = exp(values[t] - top)
     total = np.float32(0)
     for t in range(count):
         total += values[t]
-    inverse = np.float32(1) / total
-    for t in range(count):
-        values[t] *= inverse
+    part[0], part[1] = top, part[1] * shrink + total
+    for i in range(2, value_width + 2):
+        part[i] *= shrink
 
 
 @Kernel
-def attend_head(arguments: int, head: int) -> None:
-    """The result of one query head."""
+def attend_part(arguments: int, chunk: int) -> None:
+    """Store k and v of a group, if their position is in this part; then the part of all its heads."""
     kind, groups = read_int64(arguments, 8 * STORED), read_int64(arguments, 8 * GROUPS)
     width, value_width = read_int64(arguments, 8 * WIDTH), read_int64(arguments, 8 * VALUE_WIDTH)
-    capacity, group = read_int64(arguments, 8 * CAPACITY), head * groups // read_int64(arguments, 8 * HEADS)
+    parts, together = read_int64(arguments, 8 * PARTS), read_int64(arguments, 8 * HEADS) // groups
+    group, part = chunk // parts, chunk % parts
+    size = 4 if kind == FLOAT32 else 2
+    row, value_row = size * width, size * value_width
+    start = read_int64(arguments, 8 * CAPACITY) * group
+    keys = read_int64(arguments, 8 * KEYS) + row * start
+    values = read_int64(arguments, 8 * VALUES) + value_row * start
     count, window = read_int64(read_int64(arguments, 8 * POSITION), 0) + 1, read_int64(arguments, 8 * WINDOW)
     first = max(count - window, 0) if window else 0
-    count -= first
+    share = -(-(count - first) // parts)
+    stop = min(first + part * share + share, count)
+    first = min(first + part * share, count)
+    if first < stop == count:
+        _remember(read_int64(arguments, 8 * K) + row * group, keys, row, count - 1)
+        _remember(read_int64(arguments, 8 * V) + value_row * group, values, value_row, count - 1)
     scale = carray(float_pointer(arguments + 8 * SCALE), 1)[0]
-    size = 4 if kind == FLOAT32 else 2
-    weights = np.empty(count, np.float32)
-    scores = weights.ctypes.data
-    keys = read_int64(arguments, 8 * KEYS) + size * width * (capacity * group + first)
-    dot_rows(kind, keys, size * width, read_int64(arguments, 8 * Q) + 4 * width * head, width, count, scores)
-    _softmax(scores, count, scale)
-    values = read_int64(arguments, 8 * VALUES) + size * value_width * (capacity * group + first)
-    out = read_int64(arguments, 8 * OUT) + 4 * value_width * head
-    combine_rows(kind, values, size * value_width, scores, count, value_width, out)
+    step = (value_width + 2) * 4
+    found = read_int64(arguments, 8 * FOUND) + step * together * chunk
+    for h in range(together):
+        empty = carray(float_pointer(found + step * h), value_width + 2)
+        empty[:] = 0
+        empty[0] = LOWEST
+    tile = max(TILE // row, 1)
+    buffer = np.empty(tile + value_width, np.float32)
+    scores = buffer.ctypes.data
+    sums = carray(float_pointer(scores + 4 * tile), value_width)
+    for t in range(first, stop, tile):
+        length = min(tile, stop - t)
+        for line in range(0, length * value_row, LINE):
+            ask(values + value_row * t + line)
+        for h in range(together):
+            query = read_int64(arguments, 8 * Q) + 4 * width * (group * together + h)
+            dot_rows(kind, keys + row * t, row, query, width, length, scores)
+            _weigh(scores, length, scale, found + step * h, value_width)
+            combine_rows(kind, values + value_row * t, value_row, scores, length, value_width, scores + 4 * tile)
+            weighted = carray(float_pointer(found + step * h + 8), value_width)
+            for i in range(value_width):
+                weighted[i] += sums[i]
 
 
-def arguments_of(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    *,
-    scale: float,
-    window: int,
-    out: Tensor,
-) -> np.ndarray:
-    """Of both kernels, for contiguous tensors; q and the result are float32, the others of the cache's dtype."""
-    _, groups, capacity, width = keys.shape
-    sizes = [KINDS[keys.dtype], q.shape[1], groups, capacity, width, values.shape[3], bits_of(scale), window]
-    return np.array(sizes + [t.data_ptr() for t in (q, out, k, v, keys, values, position)], np.int64)
+@Kernel
+def put_together(arguments: int, _: int) -> None:
+    """The result of all heads, from their parts."""
+    heads, groups = read_int64(arguments, 8 * HEADS), read_int64(arguments, 8 * GROUPS)
+    parts, value_width = read_int64(arguments, 8 * PARTS), read_int64(arguments, 8 * VALUE_WIDTH)
+    together = heads // groups
+    found = carray(float_pointer(read_int64(arguments, 8 * FOUND)), (groups, parts, together, value_width + 2))
+    out = carray(float_pointer(read_int64(arguments, 8 * OUT)), (heads, value_width))
+    for head in range(heads):
+        group, h = head // together, head % together
+        top = LOWEST
+        for part in range(parts):
+            top = max(top, found[group, part, h, 0])
+        total = np.float32(0)
+        out[head, :] = 0
+        for part in range(parts):
+            weight = exp(found[group, part, h, 0] - top)
+            total += weight * found[group, part, h, 1]
+            for i in range(value_width):
+                out[head, i] += weight * found[group, part, h, i + 2]
+        inverse = np.float32(1) / total
+        for i in range(value_width):
+            out[head, i] *= inverse
+
+
+class Attention:
+    """Attention as two rows of a program, and the memory that they need.
+
+    The tensors are contiguous; q and the result are float32, the others of the cache's dtype.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        position: Tensor,
+        *,
+        scale: float,
+        window: int,
+        out: Tensor,
+    ) -> None:
+        _, groups, capacity, width = keys.shape
+        heads, value_width = q.shape[1], values.shape[3]
+        parts = -(-2 * team.size() // groups)
+        self.found = np.empty(heads * parts * (value_width + 2), np.float32)
+        sizes = [KINDS[keys.dtype], heads, groups, capacity, width, value_width, bits_of(scale), window]
+        addresses = [t.data_ptr() for t in (q, out, k, v, keys, values, position)]
+        self.arguments = np.array([*sizes, *addresses, parts, self.found.ctypes.data], np.int64)
+        self.rows = [team.row(attend_part, self.arguments, groups * parts), team.row(put_together, self.arguments, 1)]
+
+    def bind(self, keys: Tensor, values: Tensor) -> None:
+        """Take these keys and values from now on: of the same shape, but for their room."""
+        self.arguments[[KEYS, VALUES, CAPACITY]] = keys.data_ptr(), values.data_ptr(), keys.shape[2]
 
 
 def attend(
@@ -103,6 +168,6 @@ def attend(
         return attend_reference(q, k, v, keys, values, position, scale, window)
     query, k, v = q.float().contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty((1, 1, q.shape[1], values.shape[3]))
-    words = arguments_of(query, k, v, keys, values, position, scale=scale, window=window, out=out)
-    team.run_between(np.array([team.row(remember, words, 1), team.row(attend_head, words, q.shape[1])], np.int64))
+    found = Attention(query, k, v, keys, values, position, scale=scale, window=window, out=out)
+    team.run_between(team.program(found.rows))
     return out.to(q.dtype)

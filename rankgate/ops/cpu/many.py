@@ -337,7 +337,7 @@ def gemm(x: Tensor, table: int, m: int) -> Tensor:
     for start in range(0, tokens, MOST_TOKENS):
         products = Products(table, min(MOST_TOKENS, tokens - start))
         products.arguments[[X, Y]] = wide.data_ptr() + 4 * n * start, y.data_ptr() + 4 * m * start
-        team.run_between(np.array(products.rows, np.int64))
+        team.run_between(team.program(products.rows))
     return y.to(x.dtype)
 
 

@@ -56,8 +56,6 @@ TABLE, X, Y, ROUNDED, Z, CHANNELS, COEFFICIENTS, OPEN, PATH, ROWS = range(10)
 PLAIN, SHORT, VNNI = range(3)
 PATHS = [VNNI] * vnni.AVAILABLE + [SHORT, PLAIN]  # that this processor has, the best first
 ROW_ORDER, COLUMN_ORDER = np.array(row_order()), np.array(column_order())
-MOST_CHUNKS = 1024  # of a product
-LARGE = 1 << 15  # blocks of a matrix that takes chunks of 64 rows, else 32
 LARGEST, SMALLEST = np.float32(32767), np.float32(1e-30)  # code of x; and x that is not 0
 EXPONENT = np.int32(0x7F800000)
 
@@ -250,20 +248,27 @@ class Product:
 
     def __init__(self, table: int) -> None:
         m, n, rank, plane = _shape(table)
-        blocks = -(-n // GROUP)
+        words, blocks = _words(table), -(-n // GROUP)
         sizes = [256 * blocks, 4 * rank, *((8 * n + 8, 4 * n + 8) if plane else (0, 0))]
         self.scratch = np.empty(sum(sizes) + 64 * len(sizes), np.uint8)
         ends = np.cumsum([0] + [-(-size // 64) * 64 for size in sizes]) + -(-self.scratch.ctypes.data // 64) * 64
-        rows = GROUP if plane or m * blocks > LARGE else GROUP // 2
-        rows = -(-m // (MOST_CHUNKS * rows)) * rows
+        row_bytes = 8 * words[BITS] * blocks
+        rows = team.chunk_rows(m, row_bytes, GROUP if plane else GROUP // 2)
         self.arguments = np.array([table, 0, 0, *ends[:4], 0, PATHS[0], rows], np.int64)
-        self.rows = [team.row(prepare, self.arguments, 1), team.row(multiply, self.arguments, -(-m // rows))]
-        self.program = np.array(self.rows, np.int64)
+        self.rows = [
+            team.row(prepare, self.arguments, 1),
+            team.row(multiply, self.arguments, -(-m // rows), words[CODES], rows * row_bytes),
+        ]
+        self.program = team.program(self.rows)
+
+
+def _words(table: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * TABLE_WORDS).from_address(table)
 
 
 def _shape(table: int) -> tuple[int, int, int, bool]:
     """M, n, rank, and whether there is a plane."""
-    words = (ctypes.c_int64 * TABLE_WORDS).from_address(table)
+    words = _words(table)
     return words[M], words[N], words[RANK], words[PLANE] != 0
 
 

@@ -44,5 +44,5 @@ def round_block(rows: Tensor, s: Tensor, z: Tensor, U: Tensor, low: int, high: i
     count, m = rows.shape
     tensors = [rows, *(t.contiguous() for t in (s, z, U)), codes, errors]
     words = np.array([count, m, low, high, *(t.data_ptr() for t in tensors)], np.int64)
-    team.run_between(np.array([team.row(_round_stripe, words, -(-m // STRIPE))], np.int64))
+    team.run_between(team.program([team.row(_round_stripe, words, -(-m // STRIPE))]))
     return codes, errors

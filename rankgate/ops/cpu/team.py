@@ -1,7 +1,8 @@
 """The threads of `ops.cpu`, and how they share work: the only way in which kernels here run in parallel.
 
-A *program* is an int64 array of rows (address of a `Kernel`, address of its arguments, number of chunks). Rows run one
-after the other, the chunks of a row in any order and at the same time. The thread that calls `run` leads; followers
+A *program* is an int64 array of rows (address of a `Kernel`, address of its arguments, number of chunks, and where the
+next matrix lies: its address and the bytes of a chunk). Rows run one after the other, the chunks of a row in any order
+and at the same time. The thread that calls `run` leads; followers
 are threads of Python that sit in native code and wait for the next program by spinning, for some 100 µs, and then
 asleep.
 
@@ -9,10 +10,12 @@ Threads take chunks one by one: one word holds the number of the row since the t
 of them are taken, and to take the next one is one compare-and-swap. A row ends when its chunks are through, whoever did
 them. So a thread that the system has stopped holds nobody up unless it is in the middle of a chunk, and what it read
 before cannot fit the word when it goes on. Who ends a row begins the next one; rows of one chunk (a norm, a
-rotation) it does at once, without a word to the others.
+rotation) it does at once, without a word to the others, who meanwhile fetch the next matrix into their caches: memory
+is what a token takes longest for. Therefore the others take chunks from the first one on, and who began the row does
+the last one.
 
-Where other work takes a processor, a leader may wait some ms for a chunk again and again; so after a long wait it works
-alone for some time, and for longer if that does not help.
+Where other work takes a processor, a leader may wait some ms for a chunk again and again; so after two long waits in a
+short time it works alone for a while, and for longer if that does not help.
 
 Between operations of torch, whose threads spin for a while after each, its own threads take the followers' part
 (`run_between`).
@@ -38,15 +41,20 @@ import torch
 
 from rankgate.ops.cpu.atomic import add, call, load, pause, replace, store
 from rankgate.ops.cpu.compile import Kernel, jit
+from rankgate.ops.cpu.vector import ask
 
-ROW = 3  # words of a row
+ROW = 5  # words of a row
 MOST_CHUNKS = 0xFFFF  # of a row
 SPINS = 20_000  # pauses, of some 20 to 60 ns, before a follower sleeps
 # byte offsets in a team's control block; what is written often has a cache line of its own
-WORD, DONE, PLACE, END, FINISHED, QUIT = 0, 64, 128, 136, 192, 256
+WORD, DONE, PLACE, END, MATRIX, SHARE, FINISHED, QUIT = 0, 64, 128, 136, 144, 152, 192, 256
 BLOCK = 320
 LATE = 10_000  # pauses that no chunk takes: the system has stopped a follower in the middle of one
+OFTEN, MEMORY = 1.5, 0.9  # such waits, of which the ones before count less and less
 SHORTEST, LONGEST = 0.02, 0.64  # seconds alone after that
+FETCHED = 256 << 10  # bytes of the next matrix, at most: what a cache has room for
+LINE = 64  # bytes
+SMALLEST_CHUNK, LARGEST_CHUNK = 24 << 10, 512 << 10  # bytes of a matrix
 
 
 @jit
@@ -63,32 +71,55 @@ def _first_shared(row: int, end: int) -> int:
 
 
 @jit
-def _publish(control: int, row: int) -> None:
-    """Let everybody take chunks of `row`; all of the row before are through."""
-    store(control + DONE, 0)
+def _publish(control: int, row: int, reserved: int) -> int:
+    """Let everybody take chunks of `row`, but for the last if that is reserved; all of the rows before are through."""
+    chunks = load(row + 16) - reserved
+    store(control + DONE, -reserved)
     store(control + PLACE, row)
+    store(control + MATRIX, load(row + 24))
+    store(control + SHARE, load(row + 32))
     number = (load(control + WORD) >> 32) + 1
-    store(control + WORD, ((number & 0x7FFFFFFF) << 32) | (load(row + 16) << 16))
+    store(control + WORD, ((number & 0x7FFFFFFF) << 32) | (chunks << 16))
+    return chunks
+
+
+@jit
+def _do(control: int, row: int, chunk: int, chunks: int) -> None:
+    """Do a chunk; whoever does the last one of a row goes on to the next."""
+    call(load(row), load(row + 8), chunk)
+    while add(control + DONE, 1) + 1 == chunks:
+        end = load(control + END)
+        row = _first_shared(row + 8 * ROW, end)
+        if row == end:
+            store(control + FINISHED, 1)
+            return
+        chunks = _publish(control, row, 1)
+        call(load(row), load(row + 8), chunks)
 
 
 @jit
 def _take(control: int) -> bool:
-    """Do one chunk, if there is one; whoever does the last one of a row goes on to the next."""
+    """Do one chunk, if there is one."""
     word = load(control + WORD)
     taken, chunks = word & MOST_CHUNKS, (word >> 16) & MOST_CHUNKS
     if taken >= chunks:
         return False
     if replace(control + WORD, word, word + 1):
-        row = load(control + PLACE)
-        call(load(row), load(row + 8), taken)
-        if add(control + DONE, 1) + 1 == chunks:
-            end = load(control + END)
-            row = _first_shared(row + 8 * ROW, end)
-            if row < end:
-                _publish(control, row)
-            else:
-                store(control + FINISHED, 1)
+        _do(control, load(control + PLACE), taken, chunks)
     return True
+
+
+@jit
+def _fetch(control: int, number: int, fetched: int) -> int:
+    """Wait by fetching two lines of the next matrix, from the chunk of this number on; how many bytes are there."""
+    share = load(control + SHARE)
+    if fetched >= min(share, FETCHED):
+        pause()
+        return fetched
+    address = load(control + MATRIX) + number * share + fetched
+    ask(address)
+    ask(address + LINE)
+    return fetched + 2 * LINE
 
 
 @jit
@@ -98,45 +129,45 @@ def _open(control: int, row: int, end: int) -> bool:
     if row < end:
         store(control + END, end)
         store(control + FINISHED, 0)
-        _publish(control, row)
+        _publish(control, row, 0)
     return row < end
 
 
 @Kernel
 def _join(control: int, _: int) -> None:
     """Take part until the program is through."""
+    fetched = 0
     while not load(control + FINISHED):
-        if not _take(control):
-            pause()
+        fetched = 0 if _take(control) else _fetch(control, 0, fetched)
 
 
 @jit
 def _lead(control: int, row: int, end: int) -> int:
     """Work off a program; the longest time that the leader waited, in pauses."""
-    longest = waited = 0
+    longest = waited = fetched = 0
     if not _open(control, row, end):
         return longest
     while not load(control + FINISHED):
         if _take(control):
-            waited = 0
+            waited = fetched = 0
         else:
-            pause()
+            fetched = _fetch(control, 0, fetched)
             waited += 1
             longest = max(longest, waited)
     return longest
 
 
 @jit
-def _follow(control: int) -> bool:
+def _follow(control: int, number: int) -> bool:
     """Take part until there is nothing to do for some time; whether the team goes on."""
-    waited = 0
+    waited = fetched = 0
     while waited < SPINS:
         if load(control + QUIT):
             return False
         if _take(control):
-            waited = 0
+            waited = fetched = 0
         else:
-            pause()
+            fetched = _fetch(control, number, fetched)
             waited += 1
     return True
 
@@ -164,7 +195,7 @@ class _Team:
         self.forked = os.getpid() != _born  # GNU's OpenMP does not survive that
         self.followers: list[threading.Thread] = []
         self.asleep: deque[threading.Lock] = deque()
-        self.alone_until, self.pause = 0.0, SHORTEST
+        self.alone_until, self.pause, self.waits = 0.0, SHORTEST, 0.0
         self._block = np.zeros(BLOCK // 8 + 8, np.int64)
         self.control = -(-self._block.ctypes.data // 64) * 64
 
@@ -186,27 +217,29 @@ class _Team:
         if len(self.followers) != threads - 1:
             self._hire(threads - 1)
         self._wake()
-        if _lead(self.control, row, end) > LATE:
+        late = _lead(self.control, row, end) > LATE
+        self.waits = MEMORY * self.waits + late
+        if self.waits > OFTEN:
             self.alone_until = time.perf_counter() + self.pause
-            self.pause = min(2 * self.pause, LONGEST)
-        else:
+            self.pause, self.waits = min(2 * self.pause, LONGEST), 1.0
+        elif not late:
             self.pause = max(self.pause / 1.1, SHORTEST)
 
     def _hire(self, followers: int) -> None:
         self._dismiss()
         self._quit = self._block[(self.control - self._block.ctypes.data + QUIT) // 8 :][:1]
         self._quit[0] = 1
-        _follow(self.control)  # is compiled before the threads begin
+        _follow(self.control, 0)  # is compiled before the threads begin
         self._quit[0] = 0
-        work = [threading.Thread(target=self._work, daemon=True, name="rankgate") for _ in range(followers)]
+        work = [threading.Thread(target=self._work, args=(n,), daemon=True, name="rankgate") for n in range(followers)]
         for thread in work:
             thread.start()
         self.followers = work
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         bed = threading.Lock()
         bed.acquire()
-        while _follow(self.control):
+        while _follow(self.control, number):
             self.asleep.append(bed)
             bed.acquire()
 
@@ -261,10 +294,30 @@ def _openmp() -> Callable[..., None] | None:
     return parallel
 
 
-def row(kernel: Kernel, arguments: np.ndarray, chunks: int) -> list[int]:
-    """A row of a program; `arguments` are int64 words, to be kept as long as the program is used."""
+def row(kernel: Kernel, arguments: np.ndarray, chunks: int, matrix: int = 0, share: int = 0) -> list[int]:
+    """A row of a program; `arguments` are int64 words, to be kept as long as the program is used.
+
+    matrix, share: where the kernel reads a matrix front to back, its address and the bytes of a chunk.
+    """
     assert chunks <= MOST_CHUNKS
-    return [kernel.address, arguments.ctypes.data, chunks]
+    return [kernel.address, arguments.ctypes.data, chunks, matrix, share]
+
+
+def program(rows: list[list[int]]) -> np.ndarray:
+    """A program of such rows, each with the matrix that is read next after it."""
+    made = np.array(rows, np.int64)
+    following = 0, 0
+    for line in made[::-1]:
+        own = line[3], line[4]
+        line[3:] = following
+        following = own if own[0] else following
+    return made
+
+
+def chunk_rows(m: int, row_bytes: int, multiple: int) -> int:
+    """Rows of a chunk of a matrix (m rows of so many bytes): long streams, and still a few chunks for each thread."""
+    share = min(max(m * row_bytes // (2 * size()), SMALLEST_CHUNK), LARGEST_CHUNK)
+    return max(-(-share // row_bytes // multiple) * multiple, -(-m // MOST_CHUNKS // multiple) * multiple)
 
 
 def size() -> int:

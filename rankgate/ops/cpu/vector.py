@@ -284,6 +284,17 @@ write_float, write_int16 = _writer(types.float32), _writer(types.int16)
 write_int32, write_int64 = _writer(types.int32), _writer(types.int64)
 
 
+@intrinsic
+def ask(_: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, whether there is memory or not."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 def _pointer_to(kind: Any) -> Any:
     @intrinsic
     def pointer(_: Any, address: Any) -> Any:
