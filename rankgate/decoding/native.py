@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from rankgate.decoding.chains import Chain, codes_of, dimensions
+from rankgate.decoding.patterns import Found, find
 from rankgate.decoding.places import Places
 from rankgate.ops.cpu import attention, dense, elementwise, many, norms, quantized, team
 from rankgate.ops.cpu.attention import KINDS
@@ -45,7 +46,9 @@ class Native:
         self.chain: Chain | None = None
         self.values: dict[fx.Node, Any] = {}
         self.floats: dict[fx.Node, Tensor] = {}  # results as contiguous float32
-        self.places = Places(module.graph)
+        self.patterns = find(module.graph)
+        self.inner = {inner: last for last, found in self.patterns.items() for inner in found.inner}
+        self.places = Places(module.graph, self.inner)
         self.cache_nodes: dict[fx.Node, int] = {}
         with torch.no_grad():
             for number, (node, value) in enumerate(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)):
@@ -62,7 +65,7 @@ class Native:
         self._end_program()
         self.kept.append(self.places.blocks)
         self.parts = len(self.programs)
-        del self.values, self.floats, self.places
+        del self.values, self.floats, self.places, self.patterns, self.inner
 
     def bind(self, buffers: list[Tensor], threads: int) -> Callable[[Tensor, Tensor], Tensor]:
         """A step on these keys and values."""
@@ -97,10 +100,52 @@ class Native:
             if schema is not None and schema.is_mutable:
                 self._call(node, None)
             return
-        value = self._placed(node, value)
-        lower = LOWER.get(target)
+        self.values[node] = value
+        found = self.patterns.get(node)
+        if node not in self.inner and not (found is not None and self._pattern(node, found)):
+            for each in (*(() if found is None else found.inner), node):
+                if each is node or not _is_view(self.values[each], self._given(each)):
+                    self._emit(each)
+
+    def _given(self, node: fx.Node) -> list[Any]:
+        return [self.values[n] for n in node.all_input_nodes]
+
+    def _emit(self, node: fx.Node) -> None:
+        """Rows for one operation."""
+        value = self._placed(node)
+        lower = LOWER.get(node.target)
         if not (lower is not None and lower(self, node, value)) and not self._elementwise(node, value):
             self._call(node, value)
+
+    def _pattern(self, node: fx.Node, found: Found) -> bool:
+        """One row for several operations."""
+        x = self.values[found.operands[0]]
+        if x.dtype not in KINDS or x.stride(-1) != 1 or x.shape[0] != 1:
+            return False
+        if found.kind == "norm":
+            return self._norm(node, x, found.operands[1])
+        cosine, sine = (self.values[n].expand(x.shape) for n in found.operands[1:3])
+        dim, half = found.operands[3:]
+        flat = x.shape[-1] == 2 * half <= elementwise.TILE and dim in {-1, x.dim() - 1} and x.dim() == 4
+        if not flat or {cosine.dtype, sine.dtype} != {x.dtype} or any(t.stride(-1) != 1 for t in (cosine, sine)):
+            return False
+        self._end_chain()
+        value = self._placed(node)
+        if value.stride(-1) != 1:
+            return False
+        outer = [size for t in (x, cosine, sine, value) for size in t.stride()[1:3]]
+        addresses = [t.data_ptr() for t in (x, cosine, sine, value)]
+        kind = elementwise.DTYPES.index(x.dtype)
+        self._row(norms.rotation, [*x.shape[:1], *x.shape[1:3], half, kind, *outer, *addresses])
+        return True
+
+    def _norm(self, node: fx.Node, x: Tensor, eps: float) -> bool:
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            return False
+        self._end_chain()
+        value = self._placed(node)
+        self._row(norms.rms_norm, [x.numel() // x.shape[-1], x.shape[-1], bits_of(eps), x.data_ptr(), value.data_ptr()])
+        return value.is_contiguous()
 
     def _shared(self, node: fx.Node, value: Any) -> None:
         """`node` lies in memory of what it was given."""
@@ -109,13 +154,13 @@ class Native:
             if isinstance(tensor, Tensor):
                 self.places.share(node, tensor)
 
-    def _placed(self, node: fx.Node, value: Any) -> Any:
-        """The result of `node` in a place of ours."""
+    def _placed(self, node: fx.Node) -> Any:
+        """The result of `node`, moved to a place of ours."""
 
         def place(result: Any) -> Any:
             return self.places.take(result, node).copy_(result) if isinstance(result, Tensor) else result
 
-        self.values[node] = placed = torch.utils._pytree.tree_map(place, value)
+        self.values[node] = placed = torch.utils._pytree.tree_map(place, self.values[node])
         return placed
 
     def _call(self, node: fx.Node, value: Any) -> None:

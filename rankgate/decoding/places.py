@@ -14,9 +14,13 @@ SPARE = 8  # a block may be so many times as large as what lies in it
 
 
 class Places:
-    """Blocks of memory for the results of `graph`, given out while its nodes are lowered in order."""
+    """Blocks of memory for the results of `graph`, given out while its nodes are lowered in order.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    later: nodes that are lowered together with a later one.
+    """
+
+    def __init__(self, graph: fx.Graph, later: dict[fx.Node, fx.Node]) -> None:
+        self.later = later
         self.numbers = {node: number for number, node in enumerate(graph.nodes)}
         self.blocks: list[Tensor] = []  # all there are
         self.free: list[Tensor] = []  # the one that was in use last at the end
@@ -53,7 +57,7 @@ class Places:
                 self.busy[address] = block, max(last, self._last(node))
 
     def _last(self, node: fx.Node) -> int:
-        return max((self.numbers[user] for user in node.users), default=self.numbers[node])
+        return max(self.numbers[self.later.get(n, n)] for n in (node, *node.users))
 
 
 def _aligned(size: int) -> Tensor:

@@ -70,6 +70,7 @@ def test_every_chunk_once_and_rows_in_order(threads, chunks):
 
 def test_a_leader_that_has_waited_long_works_alone_for_some_time(monkeypatch):
     monkeypatch.setattr(team, "SHORTEST", 1000.0)
+    monkeypatch.setattr(team, "MEMORY", 1.0)
     monkeypatch.setattr(team, "_team", team._Team())
     work, words = Work([2, 3]), np.zeros(1, np.int64)
     while not team._team.alone_until:  # until it is the follower that does the second chunk

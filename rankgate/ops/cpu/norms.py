@@ -1,4 +1,4 @@
-"""Means, layer norms and rows of a table: one-chunk rows of a program. Dtypes are numbers of `elementwise.DTYPES`."""
+"""Norms, rotary embeddings and rows of a table: one-chunk rows of a program. Dtypes are numbers of `elementwise.DTYPES`."""
 
 from __future__ import annotations
 
@@ -77,6 +77,53 @@ def layer_norm(arguments: int, chunk: int) -> None:
                 slots[0, i] = (slots[0, i] - mean) * factor * slots[1, i] + slots[2, i]
             _rounded(dtype, slots[0], count)
             store(dtype, out + size * (r * width + start), 1, slots[0], count)
+
+
+@Kernel
+def rms_norm(arguments: int, chunk: int) -> None:
+    """x · rsqrt(mean(x²) + ε) of every row, float32. Arguments: rows, width, ε (bits of a float32); addresses of x, y."""
+    rows, width, eps = read_int64(arguments, 0), read_int64(arguments, 8), read_float(arguments, 16)
+    x = carray(float_pointer(read_int64(arguments, 24)), (rows, width))
+    y = carray(float_pointer(read_int64(arguments, 32)), (rows, width))
+    for r in range(rows):
+        total = np.float32(0)
+        for i in range(width):
+            total += x[r, i] * x[r, i]
+        factor = np.float32(1) / np.sqrt(total / np.float32(width) + eps)
+        for i in range(width):
+            y[r, i] = x[r, i] * factor
+
+
+@Kernel
+def rotation(arguments: int, chunk: int) -> None:
+    """x · cos + (−upper half of x, lower half of x) · sin of every row, each operation rounded to the dtype.
+
+    Arguments: three sizes, half of the width, dtype; strides of the second and third dimension of x, cos, sin and y;
+    their addresses.
+    """
+    heads, tokens = read_int64(arguments, 8), read_int64(arguments, 16)
+    half, dtype = read_int64(arguments, 24), read_int64(arguments, 32)
+    slots = carray(float_pointer(stack()), (SLOTS, TILE))
+    size = 4 if dtype == 0 else 2
+    width = 2 * half
+    for h in range(heads):
+        for t in range(tokens):
+            for i in range(3):
+                at = 40 + 16 * i
+                place = h * read_int64(arguments, at) + t * read_int64(arguments, at + 8)
+                load(dtype, read_int64(arguments, 104 + 8 * i) + size * place, 1, slots[i], width)
+            for i in range(half):
+                slots[3, i] = -slots[0, half + i] * slots[2, i]
+                slots[3, half + i] = slots[0, i] * slots[2, half + i]
+            for i in range(width):
+                slots[1, i] *= slots[0, i]
+            _rounded(dtype, slots[1], width)
+            _rounded(dtype, slots[3], width)
+            for i in range(width):
+                slots[1, i] += slots[3, i]
+            _rounded(dtype, slots[1], width)
+            place = h * read_int64(arguments, 88) + t * read_int64(arguments, 96)
+            store(dtype, read_int64(arguments, 128) + size * place, 1, slots[1], width)
 
 
 @Kernel

@@ -54,7 +54,17 @@ OFTEN, MEMORY = 1.5, 0.9  # such waits, of which the ones before count less and 
 SHORTEST, LONGEST = 0.02, 0.64  # seconds alone after that
 FETCHED = 256 << 10  # bytes of the next matrix, at most: what a cache has room for
 LINE = 64  # bytes
+ARGUMENTS = 768  # bytes, that most rows have not more of
 SMALLEST_CHUNK, LARGEST_CHUNK = 24 << 10, 512 << 10  # bytes of a matrix
+
+
+@jit
+def _ask(row: int, end: int) -> None:
+    """Ask for the arguments of the next row, which has been driven out of the caches since the last token."""
+    if row < end:
+        arguments = load(row + 8)
+        for offset in range(0, ARGUMENTS, LINE):
+            ask(arguments + offset)
 
 
 @jit
@@ -65,6 +75,7 @@ def _first_shared(row: int, end: int) -> int:
         if chunks > 1:
             return row
         if chunks == 1:
+            _ask(row + 8 * ROW, end)
             call(load(row), load(row + 8), 0)
         row += 8 * ROW
     return end
