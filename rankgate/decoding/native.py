@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rankgate.decoding.chains import Chain, codes_of, dimensions
+from rankgate.decoding.chains import dimensions
 from rankgate.decoding.patterns import Found, find
-from rankgate.decoding.places import Places
+from rankgate.decoding.rows import Rows
 from rankgate.ops.cpu import attention, dense, elementwise, many, norms, quantized, team
 from rankgate.ops.cpu.attention import KINDS
 from rankgate.ops.cpu.vector import bits_of
@@ -29,26 +29,20 @@ QUANTIZED, ATTEND = torch.ops.rankgate.quantized_linear.default, torch.ops.rankg
 FLOATS = set(KINDS)
 
 
-class Native:
+class Native(Rows):
     """The trace `module` of (token, position, keys and values of every layer), simplified; `inputs`: an example.
 
     parts: how many programs and calls of torch alternate.
     """
 
     def __init__(self, module: fx.GraphModule, inputs: list[Tensor]) -> None:
+        self.patterns = find(module.graph)
+        self.inner = {inner: last for last, found in self.patterns.items() for inner in found.inner}
+        super().__init__(module.graph, self.inner)
         self.token, self.position = inputs[:2]
         self.buffers: list[Tensor] = []
         self.lock = threading.Lock()  # results have one place: one thread at a time
         self.attentions: list[tuple[attention.Attention, int, int]] = []  # and numbers of their keys and values
-        self.programs: list[np.ndarray | Callable[[], None]] = []
-        self.kept: list[Any] = [module]  # what programs hold addresses of
-        self.rows: list[list[int]] = []
-        self.chain: Chain | None = None
-        self.values: dict[fx.Node, Any] = {}
-        self.floats: dict[fx.Node, Tensor] = {}  # results as contiguous float32
-        self.patterns = find(module.graph)
-        self.inner = {inner: last for last, found in self.patterns.items() for inner in found.inner}
-        self.places = Places(module.graph, self.inner)
         self.cache_nodes: dict[fx.Node, int] = {}
         with torch.no_grad():
             for number, (node, value) in enumerate(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)):
@@ -63,7 +57,7 @@ class Native:
                 elif node.op == "output":
                     self.logits: Tensor = self.values[_args(node)[0]]
         self._end_program()
-        self.kept.append(self.places.blocks)
+        self.kept += [module, *self.places.blocks]
         self.parts = len(self.programs)
         del self.values, self.floats, self.places, self.patterns, self.inner
 
@@ -145,23 +139,7 @@ class Native:
         self._end_chain()
         value = self._placed(node)
         self._row(norms.rms_norm, [x.numel() // x.shape[-1], x.shape[-1], bits_of(eps), x.data_ptr(), value.data_ptr()])
-        return value.is_contiguous()
-
-    def _shared(self, node: fx.Node, value: Any) -> None:
-        """`node` lies in memory of what it was given."""
-        self.values[node] = value
-        for tensor in torch.utils._pytree.tree_leaves(value):
-            if isinstance(tensor, Tensor):
-                self.places.share(node, tensor)
-
-    def _placed(self, node: fx.Node) -> Any:
-        """The result of `node`, moved to a place of ours."""
-
-        def place(result: Any) -> Any:
-            return self.places.take(result, node).copy_(result) if isinstance(result, Tensor) else result
-
-        self.values[node] = placed = torch.utils._pytree.tree_map(place, self.values[node])
-        return placed
+        return True
 
     def _call(self, node: fx.Node, value: Any) -> None:
         """Leave `node` to torch, its result to be copied to `value`."""
@@ -180,110 +158,24 @@ class Native:
 
         self.programs.append(call)
 
-    def _end_program(self) -> None:
-        self._end_chain()
-        if self.rows:
-            self.programs.append(team.program(self.rows))
-            self.rows = []
-
-    def _end_chain(self) -> None:
-        if self.chain is not None:
-            words, chunks = self.chain.finish()
-            self.chain = None
-            self._add_rows(team.row(elementwise.chain, words, chunks), words)
-
-    def _add_rows(self, row: list[int], *kept: Any) -> None:
-        self.rows.append(row)
-        self.kept.extend(kept)
-
-    def _row(self, kernel: Any, words: list[int], chunks: int = 1, *matrix: int) -> None:
-        self._end_chain()
-        arguments = np.array(words, np.int64)
-        self._add_rows(team.row(kernel, arguments, chunks, *matrix), arguments)
-
-    def _elementwise(self, node: fx.Node, value: Any) -> bool:
-        """Put `node` on a chain, if it is an operation on every element."""
-        found = codes_of(node, value, self.values)
-        if found is None:
-            return False
-        codes, operands = found
-        if not codes and self.values[operands[0]].shape != value.shape:  # a copy in another shape
-            self._end_chain()
-            self._copy(operands[0], value.view(self.values[operands[0]].shape))
-            self._end_chain()
-        else:
-            self._extend(node, value, codes, operands)
-        return True
-
-    def _extend(self, node: fx.Node | None, value: Tensor, codes: list[int], operands: list[Any]) -> None:
-        """Value = the functions of the operands: nodes or tensors (their values are loaded), or numbers."""
-        if self.chain is not None and not self.chain.takes(value, operands, self.values):
-            self._end_chain()
-        if self.chain is None:
-            self.chain = Chain(value.shape)
-        self.chain.add(node, value, codes, operands, self.values)
-
-    def _copy(self, source: Any, target: Tensor) -> None:
-        """A row for target = source, an operand; shapes are the same."""
-        self._extend(None, target, [], [source])
-
-    def _wide(self, node: Any) -> Tensor:
-        """The value of `node` as contiguous float32."""
-        value: Tensor = self.values[node]
-        if value.dtype == torch.float32 and value.is_contiguous():
-            self._end_chain()
-            return value
-        if node not in self.floats:
-            self.floats[node] = self._float(value, node)
-            self._copy(node, self.floats[node])
-            self._end_chain()
-        return self.floats[node]
-
-    def _contiguous(self, node: Any) -> Tensor:
-        value: Tensor = self.values[node]
-        self._end_chain()
-        if value.is_contiguous():
-            return value
-        target = self.places.take(torch.empty(value.shape, device="meta"), node, value.dtype)
-        self._copy(node, target)
-        self._end_chain()
-        return target
-
-    def _accumulator(self, node: fx.Node, value: Tensor) -> Tensor:
-        """Where a kernel leaves `value` of `node` in float32: in it, if it is that."""
-        return value if value.dtype == torch.float32 and value.is_contiguous() else self._float(value, node)
-
-    def _float(self, value: Tensor, node: fx.Node) -> Tensor:
-        """A place for a contiguous float32 copy."""
-        return self.places.take(torch.empty(value.shape, device="meta"), node, torch.float32)
-
-    def _rounded(self, node: fx.Node, value: Tensor, found: Tensor, bias: Any = None) -> None:
-        """Value = found + bias in its own dtype, if `found` is not `value`."""
-        if bias is not None:
-            self._extend(node, value, [elementwise.ADD], [found, bias])
-        elif found is not value:
-            self._extend(node, value, [], [found])
-
     def _product(self, node: fx.Node, value: Tensor, x: Any, W: Tensor, bias: Any) -> bool:
         """Value = x W + bias; W (n × m) with contiguous rows or columns."""
         n, m = W.shape
-        if self.values[x].numel() != n or W.dtype not in KINDS or value.dtype not in KINDS or 1 not in W.stride():
+        tensors = [value, *(self.values[t] for t in (x, bias) if t is not None)]
+        if tensors[1].numel() != n or W.dtype not in KINDS or 1 not in W.stride() or value.dtype not in KINDS:
+            return False
+        if not value.is_contiguous() or len({t.dtype for t in tensors}) > 1:
             return False
         across = W.stride(1) == 1 and m > 1
-        wide, found = self._wide(x), self._accumulator(node, value)
         share = team.chunk_rows(m, n * W.element_size(), dense.COLUMNS if across else dense.ROWS)
         stride = W.element_size() * W.stride(0 if across else 1)
-        if bias is not None and self.values[bias].dtype == torch.float32 and found is value:
-            address, bias = self.values[bias].data_ptr(), None
-        else:
-            address = 0
-        words = [KINDS[W.dtype], m, n, stride, share, W.data_ptr(), wide.data_ptr(), address, found.data_ptr()]
+        given = [0 if t is None else self._contiguous(t).data_ptr() for t in (x, bias)]
+        words = [KINDS[W.dtype], m, n, stride, share, W.data_ptr(), *given, value.data_ptr(), KINDS[value.dtype]]
         chunks = -(-m // share)
         if across:
             self._row(dense.transposed, words, chunks)
         else:
             self._row(dense.linear, words, chunks, W.data_ptr(), share * stride)
-        self._rounded(node, value, found, bias)
         return True
 
     def _linear(self, node: fx.Node, value: Tensor) -> bool:

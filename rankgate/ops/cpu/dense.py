@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from rankgate.ops.cpu.compile import Kernel, jit
-from rankgate.ops.cpu.vector import prefetch, read_float, read_int64, write_float
+from rankgate.ops.cpu.elementwise import load as elements
+from rankgate.ops.cpu.elementwise import rounded, store
+from rankgate.ops.cpu.vector import prefetch, read_int64
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)  # how an element is stored
 LANES, ROWS, COLUMNS = 16, 4, 64  # of a vector; rows and columns at once
@@ -155,16 +158,24 @@ def combine_rows(kind: int, matrix: int, stride: int, x: int, n: int, columns: i
 def _product(arguments: int, chunk: int, across: bool) -> None:
     kind, m, n = read_int64(arguments, 0), read_int64(arguments, 8), read_int64(arguments, 16)
     stride, share, matrix = read_int64(arguments, 24), read_int64(arguments, 32), read_int64(arguments, 40)
-    x, bias, y = read_int64(arguments, 48), read_int64(arguments, 56), read_int64(arguments, 64)
+    x, bias = read_int64(arguments, 48), read_int64(arguments, 56)
+    y, stored = read_int64(arguments, 64), read_int64(arguments, 72)
     start, stop = chunk * share, min(chunk * share + share, m)
+    buffer = np.empty(n + 2 * share, np.float32)
+    given, found, added = buffer[:n], buffer[n : n + share], buffer[n + share :]
+    size, count = 4 if stored == FLOAT32 else 2, stop - start
+    elements(stored, x, 1, given, n)
     if across:
-        size = 4 if kind == FLOAT32 else 2
-        combine_rows(kind, matrix + size * start, stride, x, n, stop - start, y + 4 * start)
+        matrix += (4 if kind == FLOAT32 else 2) * start
+        combine_rows(kind, matrix, stride, given.ctypes.data, n, count, found.ctypes.data)
     else:
-        dot_rows(kind, matrix + start * stride, stride, x, n, stop - start, y + 4 * start)
+        dot_rows(kind, matrix + start * stride, stride, given.ctypes.data, n, count, found.ctypes.data)
     if bias:
-        for r in range(start, stop):
-            write_float(y, 4 * r, read_float(y, 4 * r) + read_float(bias, 4 * r))
+        elements(stored, bias + size * start, 1, added, count)
+        for r in range(count):
+            found[r] += added[r]
+    rounded(stored, found, count)
+    store(stored, y + size * start, 1, found, count)
 
 
 @Kernel
@@ -172,7 +183,7 @@ def linear(arguments: int, chunk: int) -> None:
     """A chunk of W x + b.
 
     Arguments: how W is stored, how many y and x there are, bytes between rows of W, how many y a chunk has; addresses
-    of W, x, b or 0, y; all but W float32.
+    of W, x, b or 0, y; how all but W are stored.
     """
     _product(arguments, chunk, False)
 

@@ -313,6 +313,15 @@ def _curved(code: int, out: Any, a: Any, count: int) -> None:  # noqa: PLR0912 (
             out[i] = a[i] if a[i] > 20 else math.log1p(math.exp(float(a[i])))
 
 
+@jit
+def rounded(dtype: int, values: Any, count: int) -> None:
+    """To a 16-bit dtype, in place, before they are stored in it."""
+    if dtype == 1:
+        unary(BFLOAT16, values, values, count)
+    elif dtype == 2:
+        unary(FLOAT16, values, values, count)
+
+
 @Kernel
 def chain(arguments: int, chunk: int) -> None:
     """Some tiles of a chain; for the arguments see above."""

@@ -1,14 +1,12 @@
-"""Norms, rotary embeddings and rows of a table: one-chunk rows of a program. Dtypes are numbers of `elementwise.DTYPES`."""
+"""Norms, rotary embeddings, rows of a table: one-chunk rows of a program. Dtypes are those of `elementwise.DTYPES`."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numba import carray
 
-from rankgate.ops.cpu.compile import Kernel, jit
-from rankgate.ops.cpu.elementwise import BFLOAT16, FLOAT16, SLOTS, TILE, load, stack, store, unary
+from rankgate.ops.cpu.compile import Kernel
+from rankgate.ops.cpu.elementwise import SLOTS, TILE, load, rounded, stack, store
 from rankgate.ops.cpu.vector import byte_pointer, float_pointer, integer_pointer, read_float, read_int64
 
 
@@ -28,16 +26,8 @@ def mean(arguments: int, chunk: int) -> None:
             for i in range(count):
                 total += slots[0, i]
         slots[0, 0] = total / np.float32(width)
-        _rounded(target, slots[0], 1)
+        rounded(target, slots[0], 1)
         store(target, out + (4 if target == 0 else 2) * r, 1, slots[0], 1)
-
-
-@jit
-def _rounded(dtype: int, values: Any, count: int) -> None:
-    if dtype == 1:
-        unary(BFLOAT16, values, values, count)
-    elif dtype == 2:
-        unary(FLOAT16, values, values, count)
 
 
 @Kernel
@@ -75,13 +65,13 @@ def layer_norm(arguments: int, chunk: int) -> None:
                 slots[2, :count] = 0
             for i in range(count):
                 slots[0, i] = (slots[0, i] - mean) * factor * slots[1, i] + slots[2, i]
-            _rounded(dtype, slots[0], count)
+            rounded(dtype, slots[0], count)
             store(dtype, out + size * (r * width + start), 1, slots[0], count)
 
 
 @Kernel
 def rms_norm(arguments: int, chunk: int) -> None:
-    """x · rsqrt(mean(x²) + ε) of every row, float32. Arguments: rows, width, ε (bits of a float32); addresses of x, y."""
+    """x · rsqrt(mean(x²) + ε) of every row, in float32. Arguments: rows, width, ε (its bits); addresses of x, y."""
     rows, width, eps = read_int64(arguments, 0), read_int64(arguments, 8), read_float(arguments, 16)
     x = carray(float_pointer(read_int64(arguments, 24)), (rows, width))
     y = carray(float_pointer(read_int64(arguments, 32)), (rows, width))
@@ -117,11 +107,11 @@ def rotation(arguments: int, chunk: int) -> None:
                 slots[3, half + i] = slots[0, i] * slots[2, half + i]
             for i in range(width):
                 slots[1, i] *= slots[0, i]
-            _rounded(dtype, slots[1], width)
-            _rounded(dtype, slots[3], width)
+            rounded(dtype, slots[1], width)
+            rounded(dtype, slots[3], width)
             for i in range(width):
                 slots[1, i] += slots[3, i]
-            _rounded(dtype, slots[1], width)
+            rounded(dtype, slots[1], width)
             place = h * read_int64(arguments, 88) + t * read_int64(arguments, 96)
             store(dtype, read_int64(arguments, 128) + size * place, 1, slots[1], width)
 
