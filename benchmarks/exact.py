@@ -25,6 +25,7 @@ from rankgate.decoding.exact import Exact, Statistics
 from rankgate.decoding.loop import decode
 from rankgate.hub.opening import open_dense
 from rankgate.methods import Int4Config, Int8Config, LRQConfig, Method, SVDConfig
+from rankgate.reporting.runner import NEVER
 
 DENSE = "none: dense, decode"
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
@@ -69,7 +70,7 @@ def main() -> None:
 
 def generate(model: Any, prompt: torch.Tensor, loop: Any) -> tuple[torch.Tensor, float]:
     """A greedy text of NEW_TOKENS, and its seconds."""
-    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "eos_token_id": NEVER, "do_sample": False}
     if loop is not None:
         options["custom_generate"] = loop
     return timed(

@@ -27,6 +27,7 @@ from rankgate.hub.texts import CALIBRATION, HELD_OUT
 from rankgate.methods import Int8Config, LRQConfig, Method
 from rankgate.reporting.bench import bench, subjects_for
 from rankgate.reporting.pipeline import provenance, statistics
+from rankgate.reporting.runner import NEVER
 from rankgate.reporting.tables import number
 
 METHODS: dict[str, Method] = {
@@ -71,7 +72,7 @@ def main() -> None:
 def busy_core(opened: Opened) -> Row:
     """Eight sequences at once against one, and one sequence beside a process that keeps a core busy."""
     ids = opened.windows(HELD_OUT, BATCH * CONTEXT, CONTEXT)[:, :NEW]
-    how: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    how: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": NEVER, "do_sample": False, "pad_token_id": 0}
 
     def one() -> None:
         fast_generate(opened.model, ids[:1], attention_mask=torch.ones_like(ids[:1]), **how)
