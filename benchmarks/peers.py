@@ -53,7 +53,7 @@ def main() -> None:
                 saved = checkpoint.Checkpoint(model, opened.tokenizer, method, layers, provenance(opened, stats))
                 saved.save(temporary)
         names = [f"{place}/{name}" for name in METHODS]
-        subjects = subjects_for(names, opened.name, gguf=[str(file) for file in arguments.files])
+        subjects = subjects_for(names, opened.name, torchao=False, gguf=[str(file) for file in arguments.files])
         chosen = [s for s in subjects if s.loop != "generate" or s.is_dense]
         report = bench(chosen, progress=True)
         longer = bench(chosen, new_tokens=3, rounds=3, long_prompt=LONG, progress=True)
