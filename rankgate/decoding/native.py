@@ -98,11 +98,7 @@ class Native(Rows):
         found = self.patterns.get(node)
         if node not in self.inner and not (found is not None and self._pattern(node, found)):
             for each in (*(() if found is None else found.inner), node):
-                if each is node or not _is_view(self.values[each], self._given(each)):
-                    self._emit(each)
-
-    def _given(self, node: fx.Node) -> list[Any]:
-        return [self.values[n] for n in node.all_input_nodes]
+                self._emit(each)
 
     def _emit(self, node: fx.Node) -> None:
         """Rows for one operation."""
@@ -114,29 +110,27 @@ class Native(Rows):
     def _pattern(self, node: fx.Node, found: Found) -> bool:
         """One row for several operations."""
         x = self.values[found.operands[0]]
-        if x.dtype not in KINDS or x.stride(-1) != 1 or x.shape[0] != 1:
-            return False
         if found.kind == "norm":
             return self._norm(node, x, found.operands[1])
-        cosine, sine = (self.values[n].expand(x.shape) for n in found.operands[1:3])
-        dim, half = found.operands[3:]
-        flat = x.shape[-1] == 2 * half <= elementwise.TILE and dim in {-1, x.dim() - 1} and x.dim() == 4
-        if not flat or {cosine.dtype, sine.dtype} != {x.dtype} or any(t.stride(-1) != 1 for t in (cosine, sine)):
+        return self._rotation(node, x, *found.operands[1:])
+
+    def _rotation(self, node: fx.Node, x: Tensor, cosine: fx.Node, sine: fx.Node, dim: int, half: int) -> bool:
+        if x.dtype not in KINDS or x.dim() != 4 or x.shape[0] != 1 or dim not in {-1, 3}:
             return False
-        self._end_chain()
-        value = self._placed(node)
-        if value.stride(-1) != 1:
+        given = [x, *(self.values[n].expand(x.shape) for n in (cosine, sine))]
+        if x.shape[-1] != 2 * half or 2 * half > elementwise.TILE or any(t.dtype != x.dtype for t in given):
             return False
-        outer = [size for t in (x, cosine, sine, value) for size in t.stride()[1:3]]
-        addresses = [t.data_ptr() for t in (x, cosine, sine, value)]
-        kind = elementwise.DTYPES.index(x.dtype)
-        self._row(norms.rotation, [*x.shape[:1], *x.shape[1:3], half, kind, *outer, *addresses])
+        if any(t.stride(-1) != 1 for t in (*given, self.values[node])):
+            return False
+        tensors = [*given, self._placed(node)]
+        steps = [size for t in tensors for size in t.stride()[1:3]]
+        sizes = [*x.shape[1:3], half, elementwise.DTYPES.index(x.dtype)]
+        self._row(norms.rotation, [*sizes, *steps, *(t.data_ptr() for t in tensors)])
         return True
 
     def _norm(self, node: fx.Node, x: Tensor, eps: float) -> bool:
         if x.dtype != torch.float32 or not x.is_contiguous():
             return False
-        self._end_chain()
         value = self._placed(node)
         self._row(norms.rms_norm, [x.numel() // x.shape[-1], x.shape[-1], bits_of(eps), x.data_ptr(), value.data_ptr()])
         return True

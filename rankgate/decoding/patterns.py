@@ -17,7 +17,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Found:
-    """The operations `inner` and one more, whose results nobody else reads, are `kind` of `operands`."""
+    """The operations `inner`, in order and without views, and one more are `kind` of `operands`.
+
+    Nobody else reads the results of the inner ones.
+    """
 
     kind: str
     operands: tuple[Any, ...]
@@ -86,4 +89,4 @@ def _rotation(node: fx.Node) -> Found | None:
     if x not in straight.args or lower.args[2] != 0 or upper.args[1:3] != (dim, half):
         return None
     cosine = straight.args[1] if straight.args[0] is x else straight.args[0]
-    return Found("rotation", (x, cosine, sine, dim, half), (turned, straight, cat, parts[0], upper, lower))
+    return Found("rotation", (x, cosine, sine, dim, half), (parts[0], cat, turned, straight))

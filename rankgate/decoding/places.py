@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-LINE = 64  # bytes of a cache line
+from rankgate.ops.cpu.vector import LINE
+
 SPARE = 8  # a block may be so many times as large as what lies in it
 
 

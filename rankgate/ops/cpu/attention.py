@@ -17,7 +17,7 @@ from rankgate.ops.cpu import team
 from rankgate.ops.cpu.compile import Kernel, jit
 from rankgate.ops.cpu.dense import BFLOAT16, FLOAT16, FLOAT32, combine_rows, dot_rows
 from rankgate.ops.cpu.elementwise import exp
-from rankgate.ops.cpu.vector import ask, bits_of, byte_pointer, float_pointer, read_int64
+from rankgate.ops.cpu.vector import LINE, ask, bits_of, byte_pointer, float_pointer, read_int64
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 # words of the arguments: how keys and values are stored; query heads, groups of them, room of the cache, d, e, bits of
@@ -25,7 +25,6 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 # position; parts of a text, and the address of what each leaves for each head: largest score, sum, e weighted values
 STORED, HEADS, GROUPS, CAPACITY, WIDTH, VALUE_WIDTH, SCALE, WINDOW, Q, OUT, K, V, KEYS, VALUES, POSITION = range(15)
 PARTS, FOUND = 15, 16
-LINE = 64  # bytes
 TILE = 16 << 10  # bytes of keys that are read at once
 LOWEST = np.float32(-3e38)
 

@@ -24,7 +24,7 @@ from rankgate.ops.cpu.vector import prefetch, read_int64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)  # how an element is stored
 LANES, ROWS, COLUMNS = 16, 4, 64  # of a vector; rows and columns at once
 AHEAD = 6144  # bytes: see `vnni`
-LONG, WORD, SHORT, BYTE, FLOAT, HALF = *(ir.IntType(bits) for bits in (64, 32, 16, 8)), ir.FloatType(), ir.HalfType()
+LONG, WORD, SHORT, FLOAT, HALF = *(ir.IntType(bits) for bits in (64, 32, 16)), ir.FloatType(), ir.HalfType()
 
 
 def load(builder: Any, kind: int, address: Any, lanes: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from rankgate.ops.cpu.compile import Kernel
+from rankgate.ops.cpu.compile import Kernel, jit
 from rankgate.ops.cpu.elementwise import SLOTS, TILE, load, rounded, stack, store
 from rankgate.ops.cpu.vector import byte_pointer, float_pointer, integer_pointer, read_float, read_int64
 
@@ -88,20 +88,16 @@ def rms_norm(arguments: int, chunk: int) -> None:
 def rotation(arguments: int, chunk: int) -> None:
     """x · cos + (−upper half of x, lower half of x) · sin of every row, each operation rounded to the dtype.
 
-    Arguments: three sizes, half of the width, dtype; strides of the second and third dimension of x, cos, sin and y;
-    their addresses.
+    Arguments: heads, tokens, half of the width, dtype; strides of heads and tokens of x, cos, sin, y; their addresses.
     """
-    heads, tokens = read_int64(arguments, 8), read_int64(arguments, 16)
-    half, dtype = read_int64(arguments, 24), read_int64(arguments, 32)
+    heads, tokens = read_int64(arguments, 0), read_int64(arguments, 8)
+    half, dtype = read_int64(arguments, 16), read_int64(arguments, 24)
     slots = carray(float_pointer(stack()), (SLOTS, TILE))
-    size = 4 if dtype == 0 else 2
-    width = 2 * half
+    size, width = 4 if dtype == 0 else 2, 2 * half
     for h in range(heads):
         for t in range(tokens):
             for i in range(3):
-                at = 40 + 16 * i
-                place = h * read_int64(arguments, at) + t * read_int64(arguments, at + 8)
-                load(dtype, read_int64(arguments, 104 + 8 * i) + size * place, 1, slots[i], width)
+                load(dtype, _row_of(arguments, i, size, h, t), 1, slots[i], width)
             for i in range(half):
                 slots[3, i] = -slots[0, half + i] * slots[2, i]
                 slots[3, half + i] = slots[0, i] * slots[2, half + i]
@@ -112,8 +108,15 @@ def rotation(arguments: int, chunk: int) -> None:
             for i in range(width):
                 slots[1, i] += slots[3, i]
             rounded(dtype, slots[1], width)
-            place = h * read_int64(arguments, 88) + t * read_int64(arguments, 96)
-            store(dtype, read_int64(arguments, 128) + size * place, 1, slots[1], width)
+            store(dtype, _row_of(arguments, 3, size, h, t), 1, slots[1], width)
+
+
+@jit
+def _row_of(arguments: int, i: int, size: int, h: int, t: int) -> int:
+    """The address of a row of the i-th tensor of `rotation`."""
+    strides = arguments + 32 + 16 * i
+    place = h * read_int64(strides, 0) + t * read_int64(strides, 8)
+    return read_int64(arguments, 96 + 8 * i) + size * place
 
 
 @Kernel

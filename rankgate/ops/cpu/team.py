@@ -2,9 +2,8 @@
 
 A *program* is an int64 array of rows (address of a `Kernel`, address of its arguments, number of chunks, and where the
 next matrix lies: its address and the bytes of a chunk). Rows run one after the other, the chunks of a row in any order
-and at the same time. The thread that calls `run` leads; followers
-are threads of Python that sit in native code and wait for the next program by spinning, for some 100 µs, and then
-asleep.
+and at the same time. The thread that calls `run` leads; followers are threads of Python that sit in native code and
+wait for the next program by spinning, for some 100 µs, and then asleep.
 
 Threads take chunks one by one: one word holds the number of the row since the team began, its chunks and how many
 of them are taken, and to take the next one is one compare-and-swap. A row ends when its chunks are through, whoever did
@@ -41,7 +40,7 @@ import torch
 
 from rankgate.ops.cpu.atomic import add, call, load, pause, replace, store
 from rankgate.ops.cpu.compile import Kernel, jit
-from rankgate.ops.cpu.vector import ask
+from rankgate.ops.cpu.vector import LINE, ask
 
 ROW = 5  # words of a row
 MOST_CHUNKS = 0xFFFF  # of a row
@@ -53,7 +52,6 @@ LATE = 10_000  # pauses that no chunk takes: the system has stopped a follower i
 OFTEN, MEMORY = 1.5, 0.9  # such waits, of which the ones before count less and less
 SHORTEST, LONGEST = 0.02, 0.64  # seconds alone after that
 FETCHED = 256 << 10  # bytes of the next matrix, at most: what a cache has room for
-LINE = 64  # bytes
 ARGUMENTS = 768  # bytes, that most rows have not more of
 SMALLEST_CHUNK, LARGEST_CHUNK = 24 << 10, 512 << 10  # bytes of a matrix
 

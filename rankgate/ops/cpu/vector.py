@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 GROUP = 64  # codes per block: inputs with one scale in a row, outputs in a chunk of a column
+LINE = 64  # bytes of a cache line
 LANES = 8  # of 32 bits
 PAIRS = 2 * LANES  # lanes of 16 bits
 WORD, SHORT, BYTE, FLOAT = ir.IntType(32), ir.IntType(16), ir.IntType(8), ir.FloatType()
