@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,7 +31,15 @@ from transformers.cache_utils import Cache
 from rankgate.attention.cache import CountedLayer
 from rankgate.attention.registry import beyond_plain, is_plainly_causal, is_window
 
-Step = Callable[[Tensor, Tensor], Tensor]  # logits (tokens, vocabulary) from tokens and positions, (1, tokens) int64
+
+class Begun(NamedTuple):
+    """A step that is on its way: `result` waits for its logits (tokens, vocabulary), `cancel` gives it up."""
+
+    result: Callable[[], Tensor]
+    cancel: Callable[[], None] = lambda: None
+
+
+Step = Callable[[Tensor, Tensor], Begun]  # from tokens and positions, (1, tokens) int64
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
 POSITIONS = 2, 5  # where the two traces begin
 
@@ -231,7 +239,7 @@ class Capture:
 
     def __call__(self, token: Tensor, position: Tensor, buffers: list[Tensor], threads: int = 1) -> Tensor:
         """Logits (tokens, vocabulary). token, position: (1, tokens) int64; buffers: keys and values, alternating."""
-        return self.bind(buffers, threads)(token, position)
+        return self.bind(buffers, threads)(token, position).result()
 
 
 def _same(a: fx.GraphModule, b: fx.GraphModule) -> bool:

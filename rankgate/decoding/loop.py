@@ -4,8 +4,8 @@ generate() prepares everything that is policy (logits processors, stopping crite
 replaces only its token-by-token part, and returns the same tokens. What it saves is Python:
 
     prompt      the model's ordinary forward, into a cache that grows by doubling
-    each token  a captured step (`capture`): a flat list of tensor operations, no modules; on a GPU one CUDA
-                graph, and the next token's is launched before this one's is known to the CPU
+    each token  a captured step (`capture`): a flat list of tensor operations, no modules, on a GPU one CUDA graph;
+                the next one runs while Python still sees to this token
 
 Not covered, and left to the model's own methods: steps that cannot be captured, batches, beams, padding,
 encoder-decoders, caches other than the plain dynamic one, dictionaries as results, models on several devices. Each
@@ -34,6 +34,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from rankgate.decoding.capture import Begun
 from rankgate.decoding.steps import Steps, explain, failed
 from rankgate.errors import RankgateError
 from rankgate.ops.gpu import has_triton
@@ -119,19 +120,24 @@ def _loop(
     streamer: BaseStreamer | None,
 ) -> Tensor:
     """The prompt `ids` (1, tokens) and what follows it."""
-    logits: Tensor | None = steps.prompt()
-    while True:
-        logits = steps.next(ids[:, -1:]) if logits is None else logits
-        scores = process(cast(LongTensor, ids), cast(FloatTensor, logits.to(torch.float32)))
-        token = _sample(torch.softmax(scores, dim=-1)) if sample else _largest(scores)
-        ids = torch.cat([ids, token], dim=-1)
-        news = _News(token, stop(ids, None))
-        logits = steps.next(token) if steps.ahead else None
-        token, done = news.read()
-        if streamer is not None:
-            streamer.put(token[0])
-        if bool(done.all()):
-            return ids
+    step = Begun(steps.prompt)
+    try:
+        while True:
+            scores = process(cast(LongTensor, ids), cast(FloatTensor, step.result().to(torch.float32)))
+            token = _sample(torch.softmax(scores, dim=-1)) if sample else _largest(scores)
+            if not token.is_cuda:  # where others go on with it while this thread sees to what follows
+                step = steps.begin(token)
+            ids = torch.cat([ids, token], dim=-1)
+            news = _News(token, stop(ids, None))
+            if token.is_cuda:  # which does one thing after the other
+                step = steps.begin(token)
+            token, done = news.read()
+            if streamer is not None:
+                streamer.put(token[0])
+            if bool(done.all()):
+                return ids
+    finally:
+        step.cancel()
 
 
 def _largest(scores: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from rankgate.decoding.capture import Begun, Step
 from rankgate.decoding.chains import dimensions
 from rankgate.decoding.patterns import Found, find
 from rankgate.decoding.rows import Rows
 from rankgate.ops.cpu import attention, dense, elementwise, many, norms, quantized, team
 from rankgate.ops.cpu.attention import KINDS
+from rankgate.ops.cpu.memory import use_large_pages
 from rankgate.ops.cpu.vector import bits_of
 
 aten = torch.ops.aten
@@ -41,7 +43,8 @@ class Native(Rows):
         super().__init__(module.graph, self.inner)
         self.token, self.position = inputs[:2]
         self.buffers: list[Tensor] = []
-        self.lock = threading.Lock()  # results have one place: one thread at a time
+        self.lock = threading.Lock()  # results have one place: one step at a time
+        self.step: _Running | None = None
         self.attentions: list[tuple[attention.Attention, int, int]] = []  # and numbers of their keys and values
         self.cache_nodes: dict[fx.Node, int] = {}
         with torch.no_grad():
@@ -61,24 +64,42 @@ class Native(Rows):
         self.parts = len(self.programs)
         del self.values, self.floats, self.places, self.patterns, self.inner
 
-    def bind(self, buffers: list[Tensor], threads: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def bind(self, buffers: list[Tensor], threads: int) -> Step:
         """A step on these keys and values."""
-        return lambda token, position: self._step(buffers, threads, token, position)
+        out = torch.empty_like(self.logits)  # which the next step, of whatever sequence, does not write over
+        return lambda token, position: self._begin(buffers, threads, token, position, out)
 
-    def _step(self, buffers: list[Tensor], threads: int, token: Tensor, position: Tensor) -> Tensor:
+    def _begin(self, buffers: list[Tensor], threads: int, token: Tensor, position: Tensor, out: Tensor) -> Begun:
         with self.lock:
+            self._finish()
             if self.buffers is not buffers:
                 for attend, keys, values in self.attentions:
                     attend.bind(buffers[keys], buffers[values])
+                use_large_pages((t.data_ptr(), t.nbytes) for t in buffers)
                 self.buffers = buffers
             self.token.copy_(token)
             self.position.copy_(position)
-            for program in self.programs:
-                if isinstance(program, np.ndarray):
-                    team.run(program, threads)
-                else:
-                    program()
-            return self.logits.clone()
+            step = self.step = _Running(self.programs, threads, out)
+        return Begun(lambda: self._result(step), lambda: self._cancel(step))
+
+    def _result(self, step: _Running) -> Tensor:
+        with self.lock:
+            if step is self.step:
+                self._finish()
+            return step.out
+
+    def _cancel(self, step: _Running) -> None:
+        with self.lock:
+            if step is self.step:
+                step.cancel()
+                self.step = None
+
+    def _finish(self) -> None:
+        """Be through with the step that runs, whosever it is."""
+        if self.step is not None:
+            self.step.finish()
+            self.step.out.copy_(self.logits)
+            self.step = None
 
     def _lower(self, node: fx.Node) -> None:
         target: Any = node.target
@@ -190,7 +211,10 @@ class Native(Rows):
             return False
         wide, found = self._wide(x), self._accumulator(node, value)
         tokens = wide.numel() // wide.shape[-1]
-        product = quantized.Product(table) if tokens == 1 else many.Products(table, tokens)
+        if tokens == 1:
+            product: Any = quantized.Product(table, lambda size: self._scratch(size, node))
+        else:
+            product = many.Products(table, tokens)
         product.arguments[[quantized.X, quantized.Y]] = wide.data_ptr(), found.data_ptr()
         for row in product.rows:
             self._add_rows(row, product)
@@ -211,6 +235,7 @@ class Native(Rows):
             scale=scale,
             window=window,
             out=found,
+            memory=lambda size: self._scratch(size, node),
         )
         self.attentions.append((attend, self.cache_nodes[keys], self.cache_nodes[values]))
         for row in attend.rows:
@@ -289,6 +314,28 @@ class Native(Rows):
             self._copy(part, target)
             self._end_chain()
         return True
+
+
+class _Running:
+    """A step that has been begun; its logits are to be left in `out`."""
+
+    def __init__(self, programs: list[Any], threads: int, out: Tensor) -> None:
+        self.threads, self.out = threads, out
+        self.rest = programs[1:] if isinstance(programs[0], np.ndarray) else programs
+        self.runs = self.rest is not programs and team.start(programs[0], threads)
+
+    def finish(self) -> None:
+        if self.runs:
+            team.finish()
+        for program in self.rest:
+            if isinstance(program, np.ndarray):
+                team.run(program, self.threads)
+            else:
+                program()
+
+    def cancel(self) -> None:
+        if self.runs:
+            team.finish(early=True)
 
 
 def _args(node: fx.Node) -> tuple[Any, ...]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
+from rankgate.decoding.capture import Begun, Step
+
 WARM = 2  # runs before the recording, as CUDA graphs ask for; the first one compiles
 ATTENTION = torch.ops.rankgate.attend_at.default, torch.ops.rankgate.attend.default
 
@@ -39,20 +41,21 @@ class Recorded:
             self.logits: Tensor = function(*inputs, *constants)
         self.constants = constants  # the graph holds their addresses
 
-    def bind(self, buffers: list[Tensor], _: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
+    def bind(self, buffers: list[Tensor], _: int = 1) -> Step:
         """A step on the given keys and values; threads are none of its business."""
         from rankgate.ops.gpu.attention import table
 
         return functools.partial(self._replay, table(buffers))
 
-    def _replay(self, rows: Tensor, token: Tensor, position: Tensor) -> Tensor:
+    def _replay(self, rows: Tensor, token: Tensor, position: Tensor) -> Begun:
         if self.bound is not rows:
             self.cache.copy_(rows)
             self.bound = rows
         self.token.copy_(token)
         self.position.copy_(position)
         self.graph.replay()
-        return self.logits.clone()  # the next replay, perhaps of another sequence, writes over it
+        logits = self.logits.clone()  # the next replay, perhaps of another sequence, writes over it
+        return Begun(lambda: logits)
 
 
 def _compile(part: fx.GraphModule) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from rankgate.decoding.chains import Chain, codes_of
 from rankgate.decoding.places import Places
 from rankgate.ops.cpu import elementwise, team
+from rankgate.ops.cpu.memory import use_large_pages
 
 
 class Rows:
@@ -52,6 +53,7 @@ class Rows:
     def _end_program(self) -> None:
         self._end_chain()
         if self.rows:
+            use_large_pages((matrix, chunks * share) for _, _, chunks, matrix, share in self.rows)
             self.programs.append(team.program(self.rows))
             self.rows = []
 
@@ -125,6 +127,10 @@ class Rows:
     def _float(self, value: Tensor, node: fx.Node) -> Tensor:
         """A place for a contiguous float32 copy."""
         return self.places.take(torch.empty(value.shape, device="meta"), node, torch.float32)
+
+    def _scratch(self, size: int, node: fx.Node) -> Tensor:
+        """So many bytes until all that read `node` have done so."""
+        return self.places.take(torch.empty(size, dtype=torch.uint8, device="meta"), node)
 
     def _rounded(self, node: fx.Node, value: Tensor, found: Tensor) -> None:
         """Value = found in its own dtype, if `found` is not `value`."""

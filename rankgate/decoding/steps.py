@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from rankgate.attention.cache import CountedLayer
-from rankgate.decoding.capture import Capture, Step, Uncapturable
+from rankgate.decoding.capture import Begun, Capture, Step, Uncapturable
 from rankgate.ops.cpu import team
 
 CAPACITY = 256  # tokens that a new cache has room for
@@ -119,7 +119,7 @@ def _plain(value: Any) -> Any:
 
 
 class Steps:
-    """The prompt, and then more of one sequence."""
+    """The prompt, and then more of one sequence; to be used without gradients."""
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
         self.model = model
@@ -134,11 +134,6 @@ class Steps:
         self.capacity = 0
         self.threads = 1 if input_ids.is_cuda else team.size()
 
-    @property
-    def ahead(self) -> bool:
-        """Whether steps return before they are through, so that one may be begun that turns out not to be needed."""
-        return self.captures.get(1) is not None and self.position.is_cuda
-
     def prompt(self) -> Tensor:
         """Logits (1, vocabulary) after the prompt."""
         logits: Tensor = self.model(**self.inputs).logits[0, -1:]
@@ -148,6 +143,16 @@ class Steps:
         """Logits (1, vocabulary) after one more token (1, 1)."""
         self.position += 1
         return self._read(token, 1, self.position)
+
+    def begin(self, token: Tensor) -> Begun:
+        """The same, to be waited for, and there until the next step begins; what is not captured begins with the waiting.
+        """
+        capture = self.captures.get(1)
+        if capture is None:
+            return Begun(lambda: self.next(token))
+        self.position += 1
+        self.length += 1
+        return self._replay(token, 1, self.position, capture)
 
     def read(self, ids: Tensor) -> Tensor:
         """Logits (tokens, vocabulary) after each of several more tokens (1, tokens), by the model's own forward."""
@@ -179,7 +184,7 @@ class Steps:
             self.captures[size] = self._checked(ids, positions, logits)
             return logits
         capture = self.captures[size]
-        return self._forward(ids[:, :count]) if capture is None else self._replay(ids, count, positions, capture)
+        return self._forward(ids[:, :count]) if capture is None else self._replay(ids, count, positions, capture).result().clone()
 
     def _known(self) -> dict[int, Capture | None]:
         """The captures of the model as it is now."""
@@ -205,16 +210,15 @@ class Steps:
         logits: Tensor = self.model(input_ids=ids, past_key_values=self.inputs["past_key_values"], **given).logits[0]
         return logits
 
-    def _replay(self, ids: Tensor, count: int, positions: Tensor, capture: Capture) -> Tensor:
+    def _replay(self, ids: Tensor, count: int, positions: Tensor, capture: Capture) -> Begun:
         size = ids.shape[1]
         end = self.length - count + size
         if end > self.capacity or size not in self.steps:
             buffers = self._reserved(end)
             self.steps[size] = capture.bind(buffers, self.threads)
-        if not self.position.is_cuda:  # our threads and torch's, which wait by spinning, would share the cores
-            torch.set_num_threads(1)
-        with torch.inference_mode():
-            return self.steps[size](ids, positions)
+            if not self.position.is_cuda:  # our threads and torch's, which wait by spinning, would share the cores
+                torch.set_num_threads(1)
+        return self.steps[size](ids, positions)
 
     def _reserved(self, length: int) -> list[Tensor]:
         """Keys and values of every layer, alternating, with room for `length` tokens; the prompt has been read."""

@@ -22,7 +22,7 @@ def step(function, threads=1):
     """`function` of a position (1, 1), lowered, and a call of it."""
     inputs = [torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[2]])]
     lowered = Native(make_fx(lambda token, position: function(position), pre_dispatch=True)(*inputs), inputs)
-    return lowered, lambda position: lowered.bind([], threads)(inputs[0], torch.tensor([[position]]))
+    return lowered, lambda position: lowered.bind([], threads)(inputs[0], torch.tensor([[position]])).result()
 
 
 ELEMENTWISE = {
@@ -134,3 +134,18 @@ def test_a_step_is_one_program(architecture, method, monkeypatch):
     monkeypatch.setattr(native.Native, "__init__", lambda self, *a: (own(self, *a), parts.append(self.parts))[0])
     both(variant(architecture, method), tokens(1, 6))
     assert max(parts) == 1 if architecture != "gptj" else max(parts) == 5  # a gather in each layer
+
+
+def test_steps_of_several_sequences_may_run_at_once():
+    """Each has its own result, however they are begun, asked for and given up."""
+    inputs = [torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[2]])]
+    x = random(40, 300)
+    lowered = Native(make_fx(lambda token, position: x @ x.T * (position + token), pre_dispatch=True)(*inputs), inputs)
+    first, second, third = (lowered.bind([], 2) for _ in range(3))
+    a = first(inputs[0], torch.tensor([[3]]))
+    b = second(inputs[0], torch.tensor([[5]]))
+    third(inputs[0], torch.tensor([[7]])).cancel()
+    torch.testing.assert_close(b.result(), 5 * x @ x.T, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(a.result(), 3 * x @ x.T, rtol=1e-4, atol=1e-3)
+    a.cancel()
+    torch.testing.assert_close(first(inputs[0], torch.tensor([[1]])).result(), x @ x.T, rtol=1e-4, atol=1e-3)

@@ -86,6 +86,35 @@ def test_an_empty_program():
     team.run(np.empty((0, team.ROW), np.int64), 2)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_what_was_begun_goes_on_without_the_leader_and_others_work_alone_meanwhile(threads):
+    work, other = Work([1, 3, 1, 1, 5, 1]), Work([2, 1, 4])
+    until = time.monotonic() + 30
+    for count in range(1, 21):
+        begun = team.start(work.program, threads)
+        assert begun or threads == 1 or time.perf_counter() < team._team.alone_until
+        team.run(other.program, threads)
+        while count == 20 and begun and work.clock[0] < 20 * sum(work.chunks):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        if begun:
+            team.finish()
+        work.check(count)
+    other.check(20)
+
+
+def test_what_was_begun_ends_early(monkeypatch):
+    """With the row that is being done, which here needs the leader; the next program is not the worse for it."""
+    monkeypatch.setattr(team, "_team", team._Team())
+    work, words = Work([3, 1, 2]), np.zeros(1, np.int64)
+    assert team.start(np.concatenate([[team.row(stop, words, 2)], work.program]), 2)
+    team.finish(early=True)
+    work.check(0)
+    team.run(work.program, 2)
+    work.check(1)
+    team._team.end()
+
+
 def test_followers_sleep_and_wake():
     work = Work([2, 1, 4])
     team.run(work.program, 2)

@@ -7,6 +7,8 @@ weighted values; a last row of one chunk puts the parts together. Accumulation i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numba import carray
@@ -17,7 +19,9 @@ from rankgate.ops.cpu import team
 from rankgate.ops.cpu.compile import Kernel, jit
 from rankgate.ops.cpu.dense import BFLOAT16, FLOAT16, FLOAT32, combine_rows, dot_rows
 from rankgate.ops.cpu.elementwise import exp
-from rankgate.ops.cpu.vector import LINE, ask, bits_of, byte_pointer, float_pointer, read_int64
+from rankgate.ops.cpu.memory import scratch
+from rankgate.ops.cpu.vector import LINE, ask, bits_of, byte_pointer, float_pointer, read_int32, read_int64
+from rankgate.ops.cpu.vnni import as_float
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 # words of the arguments: how keys and values are stored; query heads, groups of them, room of the cache, d, e, bits of
@@ -25,8 +29,9 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 # position; parts of a text, and the address of what each leaves for each head: largest score, sum, e weighted values
 STORED, HEADS, GROUPS, CAPACITY, WIDTH, VALUE_WIDTH, SCALE, WINDOW, Q, OUT, K, V, KEYS, VALUES, POSITION = range(15)
 PARTS, FOUND = 15, 16
-TILE = 16 << 10  # bytes of keys that are read at once
+TILE = 16 << 10  # bytes of keys that are read at once, while the next ones are on their way
 LOWEST = np.float32(-3e38)
+LOWEST_KEY, MAGNITUDE = np.int32(-(2**31)), np.int32(0x7FFFFFFF)
 
 
 @jit
@@ -41,10 +46,13 @@ def _remember(new: int, cache: int, row: int, at: int) -> None:
 def _weigh(scores: int, count: int, scale: float, found: int, value_width: int) -> None:
     """Turn scores into weights relative to the largest one so far, and what has been found with them."""
     values, part = carray(float_pointer(scores), count), carray(float_pointer(found), value_width + 2)
-    top = part[0]
+    largest = LOWEST_KEY
     for t in range(count):
         values[t] *= scale
-        top = max(top, values[t])
+    for t in range(count):
+        bits = read_int32(scores, 4 * t)
+        largest = max(largest, bits ^ ((bits >> np.int32(31)) & MAGNITUDE))  # as whole numbers, in the order of floats
+    top = max(part[0], as_float(largest ^ ((largest >> np.int32(31)) & MAGNITUDE)))
     shrink = exp(part[0] - top)
     for t in range(count):
         values[t] = exp(values[t] - top)
@@ -54,6 +62,15 @@ def _weigh(scores: int, count: int, scale: float, found: int, value_width: int) 
     part[0], part[1] = top, part[1] * shrink + total
     for i in range(2, value_width + 2):
         part[i] *= shrink
+
+
+@jit
+def _ask(keys: int, values: int, length: int, row: int, value_row: int) -> None:
+    """Ask for so many keys and values."""
+    for line in range(0, length * row, LINE):
+        ask(keys + line)
+    for line in range(0, length * value_row, LINE):
+        ask(values + line)
 
 
 @Kernel
@@ -87,10 +104,10 @@ def attend_part(arguments: int, chunk: int) -> None:
     buffer = np.empty(tile + value_width, np.float32)
     scores = buffer.ctypes.data
     sums = carray(float_pointer(scores + 4 * tile), value_width)
+    _ask(keys + row * first, values + value_row * first, min(tile, stop - first), row, value_row)
     for t in range(first, stop, tile):
-        length = min(tile, stop - t)
-        for line in range(0, length * value_row, LINE):
-            ask(values + value_row * t + line)
+        length, after = min(tile, stop - t), t + tile
+        _ask(keys + row * after, values + value_row * after, min(tile, stop - after), row, value_row)
         for h in range(together):
             query = read_int64(arguments, 8 * Q) + 4 * width * (group * together + h)
             dot_rows(kind, keys + row * t, row, query, width, length, scores)
@@ -129,7 +146,8 @@ def put_together(arguments: int, _: int) -> None:
 class Attention:
     """Attention as two rows of a program, and the memory that they need.
 
-    The tensors are contiguous; q and the result are float32, the others of the cache's dtype.
+    The tensors are contiguous; q and the result are float32, the others of the cache's dtype. memory: bytes for what
+    the first row leaves for the second, from their number.
     """
 
     def __init__(
@@ -144,14 +162,15 @@ class Attention:
         scale: float,
         window: int,
         out: Tensor,
+        memory: Callable[[int], Tensor] = scratch,
     ) -> None:
         _, groups, capacity, width = keys.shape
         heads, value_width = q.shape[1], values.shape[3]
         parts = -(-2 * team.size() // groups)
-        self.found = np.empty(heads * parts * (value_width + 2), np.float32)
+        self.found = memory(4 * heads * parts * (value_width + 2))
         sizes = [KINDS[keys.dtype], heads, groups, capacity, width, value_width, bits_of(scale), window]
         addresses = [t.data_ptr() for t in (q, out, k, v, keys, values, position)]
-        self.arguments = np.array([*sizes, *addresses, parts, self.found.ctypes.data], np.int64)
+        self.arguments = np.array([*sizes, *addresses, parts, self.found.data_ptr()], np.int64)
         self.rows = [team.row(attend_part, self.arguments, groups * parts), team.row(put_together, self.arguments, 1)]
 
     def bind(self, keys: Tensor, values: Tensor) -> None:

@@ -100,19 +100,28 @@ def _combine(builder: Any, kind: int, width: int, arguments: list[Any]) -> None:
     matrix, stride, x, n, out = arguments
     lanes, size = min(width, LANES), 4 if kind == FLOAT32 else 2
     zero = _zero(LANES) if lanes > 1 else FLOAT(0.0)
-    totals = [cgutils.alloca_once_value(builder, zero) for _ in range(width // lanes)]
-    with cgutils.for_range(builder, n) as loop:
-        row = builder.add(matrix, builder.mul(loop.index, stride))
-        value = load(builder, FLOAT32, _move(builder, x, loop.index, 4), 1)
+    even, odd = ([cgutils.alloca_once_value(builder, zero) for _ in range(width // lanes)] for _ in range(2))
+
+    def add(row: Any, totals: list[Any]) -> None:
+        start = builder.add(matrix, builder.mul(row, stride))
+        value = load(builder, FLOAT32, _move(builder, x, row, 4), 1)
         if lanes > 1:
             first = builder.insert_element(ir.Constant(zero.type, ir.Undefined), value, WORD(0))
             value = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(WORD, lanes), [0] * lanes))
         for i, total in enumerate(totals):
-            w = load(builder, kind, builder.add(row, LONG(size * lanes * i)), lanes)
+            w = load(builder, kind, builder.add(start, LONG(size * lanes * i)), lanes)
             builder.store(_fma(builder, w, value, builder.load(total)), total)
-    for i, total in enumerate(totals):
+
+    with cgutils.for_range(builder, builder.lshr(n, LONG(1))) as loop:  # sums of two rows do not wait for each other
+        pair = builder.shl(loop.index, LONG(1))
+        add(pair, even)
+        add(builder.add(pair, LONG(1)), odd)
+    with builder.if_then(builder.trunc(n, ir.IntType(1))):
+        add(builder.sub(n, LONG(1)), even)
+    for i, (a, b) in enumerate(zip(even, odd, strict=True)):
         place = builder.add(out, LONG(4 * lanes * i))
-        builder.store(builder.load(total), builder.inttoptr(place, zero.type.as_pointer()), align=1)
+        total = builder.fadd(builder.load(a), builder.load(b))
+        builder.store(total, builder.inttoptr(place, zero.type.as_pointer()), align=1)
 
 
 @intrinsic

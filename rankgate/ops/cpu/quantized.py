@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ from torch import Tensor
 
 from rankgate.ops.cpu import team, vnni
 from rankgate.ops.cpu.compile import Kernel, jit
+from rankgate.ops.cpu.memory import scratch
 from rankgate.ops.cpu.vector import (
     GROUP,
     LANES,
+    LINE,
     add_columns,
     column_order,
     dot_bytes,
@@ -244,19 +247,22 @@ def multiply(arguments: int, chunk: int) -> None:
 
 
 class Product:
-    """One product as two rows of a program, its x and y to be given, and the memory that they need."""
+    """One product as two rows of a program, its x and y to be given, and the memory that they need.
 
-    def __init__(self, table: int) -> None:
+    memory: bytes that what the first row leaves for the second may take, from their number.
+    """
+
+    def __init__(self, table: int, memory: Callable[[int], Tensor] = scratch) -> None:
         m, n, rank, plane = _shape(table)
         words, blocks = _words(table), -(-n // GROUP)
         sizes = [256 * blocks, 4 * rank, *((8 * n + 8, 4 * n + 8) if plane else (0, 0))]
-        self.scratch = np.empty(sum(sizes) + 64 * len(sizes), np.uint8)
-        ends = np.cumsum([0] + [-(-size // 64) * 64 for size in sizes]) + -(-self.scratch.ctypes.data // 64) * 64
+        self.scratch = memory(sum(sizes) + LINE * (len(sizes) + 1))
+        ends = np.cumsum([-self.scratch.data_ptr() % LINE] + [-(-size // LINE) * LINE for size in sizes])
         row_bytes = 8 * words[BITS] * blocks
         rows = team.chunk_rows(m, row_bytes, GROUP if plane else GROUP // 2)
-        self.arguments = np.array([table, 0, 0, *ends[:4], 0, PATHS[0], rows], np.int64)
+        self.arguments = np.array([table, 0, 0, *(self.scratch.data_ptr() + ends[:4]), 0, PATHS[0], rows], np.int64)
         self.rows = [
-            team.row(prepare, self.arguments, 1),
+            team.row(prepare, self.arguments, 1, words[B], n * rank),
             team.row(multiply, self.arguments, -(-m // rows), words[CODES], rows * row_bytes),
         ]
         self.program = team.program(self.rows)

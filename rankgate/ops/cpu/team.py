@@ -1,7 +1,7 @@
 """The threads of `ops.cpu`, and how they share work: the only way in which kernels here run in parallel.
 
-A *program* is an int64 array of rows (address of a `Kernel`, address of its arguments, number of chunks, and where the
-next matrix lies: its address and the bytes of a chunk). Rows run one after the other, the chunks of a row in any order
+A *program* is an int64 array of rows (address of a `Kernel`, address of its arguments, number of chunks, and an address
+and bytes: of what a row of one chunk reads, or for one of several chunks, of the first chunk of the next matrix). Rows run one after the other, the chunks of a row in any order
 and at the same time. The thread that calls `run` leads; followers are threads of Python that sit in native code and
 wait for the next program by spinning, for some 100 µs, and then asleep.
 
@@ -12,6 +12,9 @@ before cannot fit the word when it goes on. Who ends a row begins the next one; 
 rotation) it does at once, without a word to the others, who meanwhile fetch the next matrix into their caches: memory
 is what a token takes longest for. Therefore the others take chunks from the first one on, and who began the row does
 the last one.
+
+A leader may also `start` a program, see to something else, and `finish` it: one thread alone gets most of what the
+memory gives.
 
 Where other work takes a processor, a leader may wait some ms for a chunk again and again; so after two long waits in a
 short time it works alone for a while, and for longer if that does not help.
@@ -53,16 +56,25 @@ OFTEN, MEMORY = 1.5, 0.9  # such waits, of which the ones before count less and 
 SHORTEST, LONGEST = 0.02, 0.64  # seconds alone after that
 FETCHED = 256 << 10  # bytes of the next matrix, at most: what a cache has room for
 ARGUMENTS = 768  # bytes, that most rows have not more of
+ASKED = 32 << 10  # bytes of what a row of one chunk reads, at most
 SMALLEST_CHUNK, LARGEST_CHUNK = 24 << 10, 512 << 10  # bytes of a matrix
 
 
 @jit
 def _ask(row: int, end: int) -> None:
-    """Ask for the arguments of the next row, which has been driven out of the caches since the last token."""
-    if row < end:
-        arguments = load(row + 8)
+    """Ask for what the rows of one chunk from `row` on read, and for the arguments of the one after them.
+
+    All of it has been driven out of the caches since the last token.
+    """
+    while row < end:
+        arguments, address = load(row + 8), load(row + 24)
         for offset in range(0, ARGUMENTS, LINE):
             ask(arguments + offset)
+        if load(row + 16) > 1:
+            return
+        for offset in range(0, min(load(row + 32), ASKED), LINE):
+            ask(address + offset)
+        row += 8 * ROW
 
 
 @jit
@@ -73,7 +85,6 @@ def _first_shared(row: int, end: int) -> int:
         if chunks > 1:
             return row
         if chunks == 1:
-            _ask(row + 8 * ROW, end)
             call(load(row), load(row + 8), 0)
         row += 8 * ROW
     return end
@@ -89,6 +100,7 @@ def _publish(control: int, row: int, reserved: int) -> int:
     store(control + SHARE, load(row + 32))
     number = (load(control + WORD) >> 32) + 1
     store(control + WORD, ((number & 0x7FFFFFFF) << 32) | (chunks << 16))
+    _ask(row + 8 * ROW, load(control + END))
     return chunks
 
 
@@ -151,11 +163,9 @@ def _join(control: int, _: int) -> None:
 
 
 @jit
-def _lead(control: int, row: int, end: int) -> int:
-    """Work off a program; the longest time that the leader waited, in pauses."""
+def _lead(control: int) -> int:
+    """Take part until the program is through; the longest time that the leader waited, in pauses."""
     longest = waited = fetched = 0
-    if not _open(control, row, end):
-        return longest
     while not load(control + FINISHED):
         if _take(control):
             waited = fetched = 0
@@ -208,25 +218,28 @@ class _Team:
         self._block = np.zeros(BLOCK // 8 + 8, np.int64)
         self.control = -(-self._block.ctypes.data // 64) * 64
 
-    def run(self, row: int, end: int, threads: int, openmp: Callable[..., None] | None = None) -> None:
-        """Work off a program by followers, or by the threads of `openmp`."""
-        late = openmp is None and time.perf_counter() < self.alone_until
+    def start(self, row: int, end: int, threads: int) -> bool:
+        """Begin a program, whether there is something left of it for `finish`."""
+        late = time.perf_counter() < self.alone_until
         if threads < 2 or late or not self.busy.acquire(blocking=False):
             _alone(row, end)
-            return
-        try:
-            if openmp is None:
-                self._lead(row, end, threads)
-            elif _open(self.control, row, end):
-                openmp(_join.address, self.control, threads, 0)
-        finally:
-            self.busy.release()
-
-    def _lead(self, row: int, end: int, threads: int) -> None:
+            return False
         if len(self.followers) != threads - 1:
             self._hire(threads - 1)
         self._wake()
-        late = _lead(self.control, row, end) > LATE
+        if _open(self.control, row, end):
+            return True
+        self.busy.release()
+        return False
+
+    def finish(self, *, early: bool = False) -> None:
+        """Work off what was begun, or on `early` no more than the row that is being done."""
+        if early:
+            self._word(END)[0] = 0
+        try:
+            late = _lead(self.control) > LATE
+        finally:
+            self.busy.release()
         self.waits = MEMORY * self.waits + late
         if self.waits > OFTEN:
             self.alone_until = time.perf_counter() + self.pause
@@ -234,12 +247,24 @@ class _Team:
         elif not late:
             self.pause = max(self.pause / 1.1, SHORTEST)
 
+    def run_by(self, openmp: Callable[..., None], row: int, end: int, threads: int) -> None:
+        """Work off a program by the threads of `openmp`."""
+        if threads < 2 or not self.busy.acquire(blocking=False):
+            _alone(row, end)
+            return
+        if _open(self.control, row, end):
+            openmp(_join.address, self.control, threads, 0)
+        self.busy.release()
+
+    def _word(self, offset: int) -> np.ndarray:
+        """A word of the control block."""
+        return self._block[(self.control - self._block.ctypes.data + offset) // 8 :][:1]
+
     def _hire(self, followers: int) -> None:
         self._dismiss()
-        self._quit = self._block[(self.control - self._block.ctypes.data + QUIT) // 8 :][:1]
-        self._quit[0] = 1
+        self._word(QUIT)[0] = 1
         _follow(self.control, 0)  # is compiled before the threads begin
-        self._quit[0] = 0
+        self._word(QUIT)[0] = 0
         work = [threading.Thread(target=self._work, args=(n,), daemon=True, name="rankgate") for n in range(followers)]
         for thread in work:
             thread.start()
@@ -258,7 +283,7 @@ class _Team:
 
     def _dismiss(self) -> None:
         if self.followers:
-            self._quit[0] = 1
+            self._word(QUIT)[0] = 1
         for thread in self.followers:
             while thread.is_alive():
                 self._wake()
@@ -278,15 +303,33 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(program: np.ndarray, threads: int | None = None) -> None:
-    """Work off `program` (rows × 3, int64), with all arguments in place, by so many threads: by default `size()`."""
+    """Work off `program` (rows × ROW, int64), with all arguments in place, by so many threads: by default `size()`."""
+    if start(program, threads):
+        finish()
+
+
+def start(program: np.ndarray, threads: int | None = None) -> bool:
+    """Begin such a program, which followers go on with; whether `finish` is to be called for it, by any thread.
+
+    Until then other programs are worked off by the thread that asks for them.
+    """
     begin = program.ctypes.data
-    _team.run(begin, begin + program.nbytes, size() if threads is None else threads)
+    return _team.start(begin, begin + program.nbytes, size() if threads is None else threads)
+
+
+def finish(*, early: bool = False) -> None:
+    """Take part in the program that was begun until it is through; on `early`, until the row at work is."""
+    _team.finish(early=early)
 
 
 def run_between(program: np.ndarray) -> None:
     """The same between operations of torch, by its threads: they and followers would fight for the processors."""
-    begin = program.ctypes.data
-    _team.run(begin, begin + program.nbytes, size(), None if _team.forked else _openmp())
+    openmp = None if _team.forked else _openmp()
+    if openmp is None:
+        run(program)
+    else:
+        begin = program.ctypes.data
+        _team.run_by(openmp, begin, begin + program.nbytes, size())
 
 
 @cache
@@ -306,17 +349,17 @@ def _openmp() -> Callable[..., None] | None:
 def row(kernel: Kernel, arguments: np.ndarray, chunks: int, matrix: int = 0, share: int = 0) -> list[int]:
     """A row of a program; `arguments` are int64 words, to be kept as long as the program is used.
 
-    matrix, share: where the kernel reads a matrix front to back, its address and the bytes of a chunk.
+    matrix, share: where the kernel reads memory front to back, its address and the bytes of a chunk.
     """
     assert chunks <= MOST_CHUNKS
     return [kernel.address, arguments.ctypes.data, chunks, matrix, share]
 
 
 def program(rows: list[list[int]]) -> np.ndarray:
-    """A program of such rows, each with the matrix that is read next after it."""
+    """A program of such rows, those of several chunks each with the matrix of the next."""
     made = np.array(rows, np.int64)
     following = 0, 0
-    for line in made[::-1]:
+    for line in reversed([line for line in made if line[2] > 1]):
         own = line[3], line[4]
         line[3:] = following
         following = own if own[0] else following
