@@ -145,8 +145,7 @@ class Steps:
         return self._read(token, 1, self.position)
 
     def begin(self, token: Tensor) -> Begun:
-        """The same, to be waited for, and there until the next step begins; what is not captured begins with the waiting.
-        """
+        """The same, to be waited for, and gone with the next step. What is not captured begins with the waiting."""
         capture = self.captures.get(1)
         if capture is None:
             return Begun(lambda: self.next(token))
@@ -184,7 +183,9 @@ class Steps:
             self.captures[size] = self._checked(ids, positions, logits)
             return logits
         capture = self.captures[size]
-        return self._forward(ids[:, :count]) if capture is None else self._replay(ids, count, positions, capture).result().clone()
+        if capture is None:
+            return self._forward(ids[:, :count])
+        return self._replay(ids, count, positions, capture).result().clone()
 
     def _known(self) -> dict[int, Capture | None]:
         """The captures of the model as it is now."""

@@ -107,9 +107,10 @@ def test_what_was_begun_ends_early(monkeypatch):
     """With the row that is being done, which here needs the leader; the next program is not the worse for it."""
     monkeypatch.setattr(team, "_team", team._Team())
     work, words = Work([3, 1, 2]), np.zeros(1, np.int64)
-    assert team.start(np.concatenate([[team.row(stop, words, 2)], work.program]), 2)
+    program = np.concatenate([[team.row(stop, words, 2)], work.program])
+    assert team.start(program, 2)
     team.finish(early=True)
-    work.check(0)
+    assert not work.clock[0]
     team.run(work.program, 2)
     work.check(1)
     team._team.end()

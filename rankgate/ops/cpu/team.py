@@ -1,9 +1,10 @@
 """The threads of `ops.cpu`, and how they share work: the only way in which kernels here run in parallel.
 
-A *program* is an int64 array of rows (address of a `Kernel`, address of its arguments, number of chunks, and an address
-and bytes: of what a row of one chunk reads, or for one of several chunks, of the first chunk of the next matrix). Rows run one after the other, the chunks of a row in any order
-and at the same time. The thread that calls `run` leads; followers are threads of Python that sit in native code and
-wait for the next program by spinning, for some 100 µs, and then asleep.
+A *program* is an int64 array of rows: address of a `Kernel`, address of its arguments, number of chunks, and an address
+and bytes, of what a row of one chunk reads, or for one of several chunks, of the first chunk of the next matrix. Rows
+run one after the other, the chunks of a row in any order and at the same time. The thread that calls `run` leads;
+followers are threads of Python that sit in native code and wait for the next program by spinning, for some 100 µs, and
+then asleep.
 
 Threads take chunks one by one: one word holds the number of the row since the team began, its chunks and how many
 of them are taken, and to take the next one is one compare-and-swap. A row ends when its chunks are through, whoever did
@@ -29,6 +30,7 @@ threads but the one that forked, and gets its own team at its first program.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import threading
@@ -217,6 +219,7 @@ class _Team:
         self.alone_until, self.pause, self.waits = 0.0, SHORTEST, 0.0
         self._block = np.zeros(BLOCK // 8 + 8, np.int64)
         self.control = -(-self._block.ctypes.data // 64) * 64
+        self._word(FINISHED)[0] = 1
 
     def start(self, row: int, end: int, threads: int) -> bool:
         """Begin a program, whether there is something left of it for `finish`."""
@@ -226,8 +229,8 @@ class _Team:
             return False
         if len(self.followers) != threads - 1:
             self._hire(threads - 1)
-        self._wake()
         if _open(self.control, row, end):
+            self._wake()
             return True
         self.busy.release()
         return False
@@ -275,6 +278,10 @@ class _Team:
         bed.acquire()
         while _follow(self.control, number):
             self.asleep.append(bed)
+            if not self._word(FINISHED)[0]:  # a program that may have been begun before this one could be woken
+                with contextlib.suppress(ValueError):
+                    self.asleep.remove(bed)
+                    continue
             bed.acquire()
 
     def _wake(self) -> None:
