@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,16 +30,8 @@ from transformers.cache_utils import Cache
 
 from rankgate.attention.cache import CountedLayer
 from rankgate.attention.registry import beyond_plain, is_plainly_causal, is_window
+from rankgate.decoding.begun import Step
 
-
-class Begun(NamedTuple):
-    """A step that is on its way: `result` waits for its logits (tokens, vocabulary), `cancel` gives it up."""
-
-    result: Callable[[], Tensor]
-    cancel: Callable[[], None] = lambda: None
-
-
-Step = Callable[[Tensor, Tensor], Begun]  # from tokens and positions, (1, tokens) int64
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
 POSITIONS = 2, 5  # where the two traces begin
 

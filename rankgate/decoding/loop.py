@@ -34,7 +34,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from rankgate.decoding.capture import Begun
+from rankgate.decoding.begun import Begun
 from rankgate.decoding.steps import Steps, explain, failed
 from rankgate.errors import RankgateError
 from rankgate.ops.gpu import has_triton

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rankgate.decoding.capture import Begun, Step
+from rankgate.decoding.begun import Begun, Step
 from rankgate.decoding.chains import dimensions
 from rankgate.decoding.patterns import Found, find
 from rankgate.decoding.rows import Rows

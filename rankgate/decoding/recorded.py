@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
-from rankgate.decoding.capture import Begun, Step
+from rankgate.decoding.begun import Begun, Step
 
 WARM = 2  # runs before the recording, as CUDA graphs ask for; the first one compiles
 ATTENTION = torch.ops.rankgate.attend_at.default, torch.ops.rankgate.attend.default

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from rankgate.attention.cache import CountedLayer
-from rankgate.decoding.capture import Begun, Capture, Step, Uncapturable
+from rankgate.decoding.begun import Begun, Step
+from rankgate.decoding.capture import Capture, Uncapturable
 from rankgate.ops.cpu import team
 
 CAPACITY = 256  # tokens that a new cache has room for

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankgate.ops.cpu import atomic, team
+from rankgate.ops.cpu import atomic, processors, team
 from rankgate.ops.cpu.compile import Kernel
 
 
@@ -191,7 +191,7 @@ def test_what_control_groups_allow(tmp_path, files, groups, expected):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert team.quota(tmp_path, groups) == expected
+    assert processors.quota(tmp_path, groups) == expected
 
 
 def test_the_size(monkeypatch):
@@ -199,7 +199,7 @@ def test_the_size(monkeypatch):
     try:
         for given, expected in (("3", 3), ("9", 4), ("1", 1)):
             monkeypatch.setenv("NUMBA_NUM_THREADS", given)
-            team._processors.cache_clear()
+            processors.processors.cache_clear()
             assert team.size() == expected
     finally:
-        team._processors.cache_clear()
+        processors.processors.cache_clear()
