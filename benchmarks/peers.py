@@ -10,8 +10,10 @@ two cores that do nothing else.
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from rankgate.hub import checkpoint
 from rankgate.hub.opening import Opened, open_any, open_dense
 from rankgate.hub.texts import CALIBRATION, HELD_OUT
 from rankgate.methods import Int8Config, LRQConfig, Method
+from rankgate.reporting import pipeline
 from rankgate.reporting.bench import bench, subjects_for
-from rankgate.reporting.pipeline import provenance, statistics
 from rankgate.reporting.runner import NEVER
 from rankgate.reporting.tables import number
 
@@ -36,7 +38,7 @@ METHODS: dict[str, Method] = {
     "lrq r=16 refine=0.05": LRQConfig(rank=16, refine=0.05),
 }
 CALIBRATION_TOKENS, CONTEXT = 8192, 512
-LONG, BATCH, NEW = 2048, 8, 64
+LONG, BATCH, PROMPT, FEW, NEW = 2048, 8, 32, 4, 68
 
 
 def main() -> None:
@@ -44,49 +46,55 @@ def main() -> None:
     options.add_argument("files", nargs="+", type=Path, metavar="FILE")
     arguments = start(options)
     opened = open_dense(arguments.model)
-    stats = statistics(opened, CALIBRATION, CALIBRATION_TOKENS, CONTEXT, sensitivity=True)
+    stats = pipeline.statistics(opened, CALIBRATION, CALIBRATION_TOKENS, CONTEXT, sensitivity=True)
     with tempfile.TemporaryDirectory() as place:
         for name, method in METHODS.items():
             model = twin(opened.model)
             layers = convert_(model, method, stats, lm_head=True)
             with atomic_path(Path(place) / name) as temporary:
-                saved = checkpoint.Checkpoint(model, opened.tokenizer, method, layers, provenance(opened, stats))
+                saved = checkpoint.Checkpoint(
+                    model, opened.tokenizer, method, layers, pipeline.provenance(opened, stats)
+                )
                 saved.save(temporary)
         names = [f"{place}/{name}" for name in METHODS]
         subjects = subjects_for(names, opened.name, torchao=False, gguf=[str(file) for file in arguments.files])
         chosen = [s for s in subjects if s.loop != "generate" or s.is_dense]
         report = bench(chosen, progress=True)
         longer = bench(chosen, new_tokens=3, rounds=3, long_prompt=LONG, progress=True)
-        busy = {name: busy_core(open_any(f"{place}/{name}")) for name in METHODS}
+        others = {name: together(open_any(f"{place}/{name}")) for name in METHODS}
         rows = report.pop("rows")
         for row, other in zip(rows, longer["rows"], strict=True):
             row["prefill_long_tok_s"] = other["prefill_tok_s"]
             row["name"] = row["name"].replace(f"{place}/", "").replace(f"{Path(row['model']).parent}/", "")
             row["model"] = Path(row["model"]).name
             if row["model"] in METHODS:
-                row.update(busy[row["model"]])
+                row.update(others[row["model"]])
         settings = {"model": Path(opened.name).name, "calibration_tokens": CALIBRATION_TOKENS, "batch": BATCH}
     write(f"peers/{settings['model']}", {**settings, "long": LONG, **report}, rows)
 
 
-def busy_core(opened: Opened) -> Row:
-    """Eight sequences at once against one, and one sequence beside a process that keeps a core busy."""
-    ids = opened.windows(HELD_OUT, BATCH * CONTEXT, CONTEXT)[:, :NEW]
-    how: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": NEVER, "do_sample": False, "pad_token_id": 0}
+def together(opened: Opened) -> Row:
+    """Tokens per second of eight sequences at once against one, and of one alone against one beside a busy process."""
+    ids = opened.windows(HELD_OUT, BATCH * CONTEXT, CONTEXT)[:, :PROMPT]
 
-    def one() -> None:
-        fast_generate(opened.model, ids[:1], attention_mask=torch.ones_like(ids[:1]), **how)
+    def write(sequences: int, new: int) -> None:
+        given = ids[:sequences]
+        how: dict[str, Any] = {"eos_token_id": NEVER, "do_sample": False, "pad_token_id": 0, "max_new_tokens": new}
+        fast_generate(opened.model, given, attention_mask=torch.ones_like(given), **how)
 
-    def several() -> None:
-        opened.model.generate(ids, attention_mask=torch.ones_like(ids), **how)  # type: ignore[operator]
+    def seconds(*counts: int) -> list[float]:
+        """Of the tokens after the first few, by numbers of sequences."""
+        cases = {f"{n} {new}": partial(write, n, new) for n in counts for new in (FEW, NEW)}
+        times = {name: statistics.median(taken) for name, taken in in_turn(cases, 5).items()}
+        return [times[f"{n} {NEW}"] - times[f"{n} {FEW}"] for n in counts]
 
-    seconds = {name: min(times) for name, times in in_turn({"one": one, "several": several}, 3).items()}
+    one, several = seconds(1, BATCH)
     other = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
     other.start()
     time.sleep(5)  # until it spins
-    beside = min(in_turn({"one": one}, 3)["one"])
+    (beside,) = seconds(1)
     other.terminate()
-    return {"batch_speedup": BATCH * seconds["one"] / seconds["several"], "busy_slowdown": beside / seconds["one"]}
+    return {"batch_speedup": BATCH * one / several, "busy_slowdown": beside / one}
 
 
 def _spin() -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Begun(NamedTuple):
-    """A step that is on its way: `result` waits for its logits (tokens, vocabulary), `cancel` gives it up."""
+    """A step that is on its way: `result` waits for its logits (all tokens, vocabulary), `cancel` gives it up."""
 
     result: Callable[[], Tensor]
     cancel: Callable[[], None] = lambda: None
 
 
-Step = Callable[[Tensor, Tensor], Begun]  # from tokens and positions, (1, tokens) int64
+Step = Callable[[Tensor, Tensor], Begun]  # from tokens and positions, (sequences, tokens) int64

@@ -66,7 +66,7 @@ class _TracedLayer(CountedLayer):
         return self.keys, self.values
 
     def attend(self, query: Tensor, scale: float, window: int) -> Tensor:
-        """One operation: store the new entries, attend to what each sees before it (1, tokens, heads, width)."""
+        """Store the new entries, attend to what each sees before it (sequences, tokens, heads, width); one node."""
         if self.entry is None or self.attended:
             raise Uncapturable("a layer's attention does not follow its cache update")
         self.attended = True
@@ -172,7 +172,7 @@ def _trace(
         out = model(**{**options, **place, "input_ids": token, "past_key_values": Cache(layers=list(layers))})
         if not all(layer.attended for layer in layers):
             raise Uncapturable("a layer's attention does not use transformers' attention interface")
-        logits: Tensor = out.logits[0]
+        logits: Tensor = out.logits.flatten(0, 1)
         return logits
 
     with _own_attention(model):
@@ -187,14 +187,14 @@ def _example(
     Inputs: tokens, their positions, and the cache: all its buffers, or on a GPU the one table that tells where they
     are.
     """
-    device, room = model.device, max(POSITIONS) + tokens
-    buffers = [torch.zeros((1, g, room, width), dtype=model.dtype, device=device) for _, g, _, width in shapes]
+    device, room, sequences = model.device, max(POSITIONS) + tokens, shapes[0][0]
+    buffers = [torch.zeros((b, g, room, width), dtype=model.dtype, device=device) for b, g, _, width in shapes]
     cache = buffers
     if device.type == "cuda":
         from rankgate.ops.gpu.attention import table
 
         cache = [table(buffers)]
-    positions = torch.arange(at, at + tokens, device=device)[None]
+    positions = torch.arange(at, at + tokens, device=device).repeat(sequences, 1)
     return [torch.zeros_like(positions), positions, *cache], buffers
 
 
@@ -204,8 +204,8 @@ class Capture:
     Args:
         model: on one device, in evaluation mode.
         options: keyword arguments of `model.forward` for so many tokens, as generate() would pass them.
-        shapes: of every layer's keys and values, alternating: (1, heads, any, width).
-        tokens: that a step reads at once.
+        shapes: of every layer's keys and values, alternating: (sequences, heads, any, width).
+        tokens: that a step reads at once of each sequence.
 
     Raises `Uncapturable`, or whatever the trace raises.
     """
@@ -230,7 +230,7 @@ class Capture:
             self.bind = Native(first, inputs).bind
 
     def __call__(self, token: Tensor, position: Tensor, buffers: list[Tensor], threads: int = 1) -> Tensor:
-        """Logits (tokens, vocabulary). token, position: (1, tokens) int64; buffers: keys and values, alternating."""
+        """Logits (all tokens, vocabulary) of tokens at their positions (sequences, tokens); buffers as in `shapes`."""
         return self.bind(buffers, threads)(token, position).result()
 
 

@@ -1,4 +1,4 @@
-"""The fast loop for one sequence: `model.generate(..., custom_generate=rankgate.decoding.decode)`.
+"""The fast loop: `model.generate(..., custom_generate=rankgate.decoding.decode)`.
 
 generate() prepares everything that is policy (logits processors, stopping criteria, defaults) and hands over; this loop
 replaces only its token-by-token part, and returns the same tokens. What it saves is Python:
@@ -7,10 +7,10 @@ replaces only its token-by-token part, and returns the same tokens. What it save
     each token  a captured step (`capture`): a flat list of tensor operations, no modules, on a GPU one CUDA graph;
                 the next one runs while Python still sees to this token
 
-Not covered, and left to the model's own methods: steps that cannot be captured, batches, beams, padding,
-encoder-decoders, caches other than the plain dynamic one, dictionaries as results, models on several devices. Each
-model that falls back says why, once. (A loop over `forward` alone would gain nothing over generate(): its own loop is
-cheap, the modules are not.)
+Not covered, and left to the model's own methods: steps that cannot be captured, more than 64 sequences, beams, padding
+on the right, encoder-decoders, caches other than the plain dynamic one, dictionaries as results, models on several
+devices. Each model that falls back says why, once. (A loop over `forward` alone would gain nothing over generate(): its
+own loop is cheap, the modules are not.)
 How long a capture lasts, and what it sees, is said in `steps`.
 """
 
@@ -38,6 +38,8 @@ from rankgate.decoding.begun import Begun
 from rankgate.decoding.steps import Steps, explain, failed
 from rankgate.errors import RankgateError
 from rankgate.ops.gpu import has_triton
+
+SEQUENCES = 64  # at once: what kernels for a few tokens take
 
 
 def decode(
@@ -87,6 +89,7 @@ def decode(
                 logits_processor,
                 stopping_criteria,
                 bool(generation_config.do_sample),
+                cast(Any, generation_config)._pad_token_tensor,
                 streamer,
             )
     finally:
@@ -117,24 +120,30 @@ def _loop(
     process: LogitsProcessorList,
     stop: StoppingCriteriaList,
     sample: bool,
+    padding: Tensor | None,
     streamer: BaseStreamer | None,
 ) -> Tensor:
-    """The prompt `ids` (1, tokens) and what follows it."""
+    """The prompts `ids` (sequences, tokens) and what follows them; `padding` follows what ends before others do."""
     step = Begun(steps.prompt)
+    unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    fills = padding is not None and len(ids) > 1 and any(hasattr(criterion, "eos_token_id") for criterion in stop)
     try:
         while True:
             scores = process(cast(LongTensor, ids), cast(FloatTensor, step.result().to(torch.float32)))
             token = _sample(torch.softmax(scores, dim=-1)) if sample else _largest(scores)
+            if fills:
+                token = torch.where(unfinished[:, None], token, cast(Tensor, padding).to(token.device))
             if not token.is_cuda:  # where others go on with it while this thread sees to what follows
                 step = steps.begin(token)
             ids = torch.cat([ids, token], dim=-1)
-            news = _News(token, stop(ids, None))
+            unfinished = unfinished & ~stop(ids, None)
+            news = _News(token, unfinished)
             if token.is_cuda:  # which does one thing after the other
                 step = steps.begin(token)
-            token, done = news.read()
+            token, going_on = news.read()
             if streamer is not None:
-                streamer.put(token[0])
-            if bool(done.all()):
+                streamer.put(token[:, 0])
+            if not going_on.any():
                 return ids
     finally:
         step.cancel()
@@ -169,6 +178,18 @@ class _News:
         return self.tensors
 
 
+def _fills_left(mask: Tensor, ids: Tensor) -> bool:
+    """Whether a mask says that every sequence ends with what is its own, and begins with filling if it is shorter."""
+    whole = mask.shape == ids.shape and bool(((mask == 0) | (mask == 1)).all())
+    return whole and bool((mask.diff(dim=1) >= 0).all()) and bool((mask[:, -1] == 1).all())
+
+
+def _counts(positions: Tensor, mask: Tensor) -> bool:
+    """Whether positions count the tokens of each sequence, of those that are none of its own whatever."""
+    own = mask.to(torch.int64).cumsum(dim=1) - 1
+    return positions.shape[1] == mask.shape[1] and bool(((positions == own) | (mask == 0)).all())
+
+
 # of generate(), for one greedy text, whatever the model's own generation_config asks for
 ONE_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
 
@@ -195,8 +216,8 @@ def unsupported(
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     own = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
     reasons = {
-        "more than one sequence": input_ids.shape[0] != 1,
-        "padding": mask is not None and (mask.shape != input_ids.shape or not bool((mask == 1).all())),
+        "too many sequences": input_ids.shape[0] > SEQUENCES,
+        "padding that is not on the left": mask is not None and not _fills_left(mask, input_ids),
         "an encoder": model.config.is_encoder_decoder,
         "a device without kernels": model.device.type != "cpu" and not has_triton(model.device),
         "several devices": any(t.device != model.device for t in (*model.parameters(), *model.buffers(), input_ids)),
@@ -212,8 +233,8 @@ def unsupported(
         "arguments of its own": not given
         <= {"past_key_values", "position_ids", "use_cache", "logits_to_keep", "attention_mask"},
         "positions of its own": positions is not None
-        and not torch.equal(positions, torch.arange(input_ids.shape[1], device=positions.device)[None]),
-        "a step that could not be captured before": failed(model),
+        and not _counts(positions, torch.ones_like(input_ids) if mask is None else mask),
+        "a step that could not be captured before": failed(model, len(input_ids)),
         "hooks on its modules": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
         "its own preparation of arguments": any(
             getattr(type(model), name) is not getattr(GenerationMixin, name) for name in own

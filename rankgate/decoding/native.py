@@ -136,7 +136,7 @@ class Native(Rows):
         return self._rotation(node, x, *found.operands[1:])
 
     def _rotation(self, node: fx.Node, x: Tensor, cosine: fx.Node, sine: fx.Node, dim: int, half: int) -> bool:
-        if x.dtype not in KINDS or x.dim() != 4 or x.shape[0] != 1 or dim not in {-1, 3}:
+        if x.dtype not in KINDS or x.dim() != 4 or dim not in {-1, 3}:
             return False
         given = [x, *(self.values[n].expand(x.shape) for n in (cosine, sine))]
         if x.shape[-1] != 2 * half or 2 * half > elementwise.TILE or any(t.dtype != x.dtype for t in given):
@@ -146,7 +146,8 @@ class Native(Rows):
         tensors = [*given, self._placed(node)]
         steps = [size for t in tensors for size in t.stride()[1:3]]
         sizes = [*x.shape[1:3], half, elementwise.DTYPES.index(x.dtype)]
-        self._row(norms.rotation, [*sizes, *steps, *(t.data_ptr() for t in tensors)])
+        for sequence in range(len(x)):
+            self._row(norms.rotation, [*sizes, *steps, *(t[sequence].data_ptr() for t in tensors)])
         return True
 
     def _norm(self, node: fx.Node, x: Tensor, eps: float) -> bool:

@@ -1,4 +1,7 @@
-"""One sequence, token by token, by captured steps (`capture`), and its cache, which grows by doubling.
+"""One sequence or several, token by token, by captured steps (`capture`), and their cache, which grows by doubling.
+
+Several sequences are read as one prompt, filled up from the left. When there is a capture the filling is taken out of
+the cache: from then on every sequence has positions of its own, as if it were alone.
 
 A capture is made on the first call and kept with the model. It sees weights that change in place. It is made again
 when anything else has changed that `forward` depends on: modules, parameters, hooks, settings (see `_fingerprint`).
@@ -7,6 +10,7 @@ Where a step cannot be captured the model's own forward is called, and says why,
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
@@ -28,11 +32,12 @@ TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}  # of a capture's first l
 HALF_TOLERANCE = 0.1  # the same in other dtypes
 # attributes of modules that are compared by themselves, or are only memory
 MODULE_PARTS = {*vars(nn.Module()), "_memos", "_traced", "_described"} - {"training"}
+Shape = tuple[int, ...]  # of the tokens that a step reads: sequences × tokens
 log = logging.getLogger(__name__)
 
 
 class GrowingLayer(CountedLayer):
-    """Keys and values (1, heads, capacity, width) of one layer, of which the first `length` are filled."""
+    """Keys and values (sequences, heads, capacity, width) of one layer, of which the first `length` are filled."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -55,6 +60,14 @@ class GrowingLayer(CountedLayer):
         new[:, :, : old.shape[2]] = old
         return new
 
+    def shift(self, counts: list[int]) -> None:
+        """Leave out so many tokens at the beginning of each sequence."""
+        assert self.keys is not None and self.values is not None
+        for buffer in (self.keys, self.values):
+            for sequence, count in zip(buffer, counts, strict=True):
+                if count:
+                    sequence.copy_(sequence.roll(-count, dims=1))
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -67,7 +80,7 @@ class GrowingLayer(CountedLayer):
 
 
 _explained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_captures: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[int, Capture | None]]] = weakref.WeakKeyDictionary()
+_captures: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[Shape, Capture | None]]] = weakref.WeakKeyDictionary()
 
 
 def explain(model: nn.Module, reason: str) -> None:
@@ -77,15 +90,16 @@ def explain(model: nn.Module, reason: str) -> None:
         warnings.warn(f"{type(model).__name__} generates without the fast path: {reason}", stacklevel=2)
 
 
-def captured(model: nn.Module, tokens: int = 1) -> Capture | None:
-    """The capture of `model` for so many tokens at once, if there is one."""
-    return _captures.get(model, (None, {}))[1].get(tokens)
+def captured(model: nn.Module, tokens: int = 1, sequences: int = 1) -> Capture | None:
+    """The capture of `model` for so many tokens at once of so many sequences, if there is one."""
+    return _captures.get(model, (None, {}))[1].get((sequences, tokens))
 
 
-def failed(model: nn.Module) -> bool:
+def failed(model: nn.Module, sequences: int) -> bool:
     """Whether a step of the model as it is now was tried, and could not be captured."""
     key, captures = _captures.get(model, (None, {}))
-    return 1 in captures and captures[1] is None and bool(key[0] == _fingerprint(model))
+    shape = sequences, 1
+    return shape in captures and captures[shape] is None and bool(key[0] == _fingerprint(model))
 
 
 def _fingerprint(model: nn.Module) -> Any:
@@ -120,34 +134,43 @@ def _plain(value: Any) -> Any:
 
 
 class Steps:
-    """The prompt, and then more of one sequence; to be used without gradients."""
+    """The prompts (sequences, tokens), and then more of them; to be used without gradients.
+
+    What reads several tokens at once is for one sequence only.
+    """
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
         self.model = model
         self.layers = [GrowingLayer() for _ in kwargs["past_key_values"].layers]
-        kwargs = {**kwargs, "past_key_values": Cache(layers=list(self.layers)), "attention_mask": None}
+        mask = kwargs.get("attention_mask")
+        self.filling = [0] * len(input_ids)  # tokens of each sequence in the cache that are none of its own
+        if mask is not None:
+            self.filling = (mask == 0).sum(dim=1).tolist()
+            mask = mask if any(self.filling) else None
+        kwargs = {**kwargs, "past_key_values": Cache(layers=list(self.layers)), "attention_mask": mask}
         self.inputs = cast(Any, model).prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         self.inputs["return_dict"] = True
         self.length = input_ids.shape[1]  # tokens in the cache after the current call
-        self.position = torch.tensor([[self.length - 1]], device=input_ids.device)  # of the last of them
-        self.captures: dict[int, Capture | None] = {}  # by tokens read at once; the model's, once they are known
-        self.steps: dict[int, Step] = {}  # those of them that are bound to the cache of this capacity:
+        own = [[self.length - 1 - count] for count in self.filling]
+        self.position = torch.tensor(own, device=input_ids.device)  # of the last token of each sequence
+        self.captures: dict[Shape, Capture | None] = {}  # the model's, once they are known
+        self.steps: dict[Shape, Step] = {}  # those of them that are bound to the cache of this capacity:
         self.capacity = 0
         self.threads = 1 if input_ids.is_cuda else team.size()
 
     def prompt(self) -> Tensor:
-        """Logits (1, vocabulary) after the prompt."""
-        logits: Tensor = self.model(**self.inputs).logits[0, -1:]
+        """Logits (sequences, vocabulary) after the prompts."""
+        logits: Tensor = self.model(**self.inputs).logits[:, -1]
         return logits
 
     def next(self, token: Tensor) -> Tensor:
-        """Logits (1, vocabulary) after one more token (1, 1)."""
+        """Logits (sequences, vocabulary) after one more token of each (sequences, 1)."""
         self.position += 1
         return self._read(token, 1, self.position)
 
     def begin(self, token: Tensor) -> Begun:
         """The same, to be waited for, and gone with the next step. What is not captured begins with the waiting."""
-        capture = self.captures.get(1)
+        capture = self.captures.get(token.shape)
         if capture is None:
             return Begun(lambda: self.next(token))
         self.position += 1
@@ -174,21 +197,20 @@ class Steps:
         self.position.fill_(length - 1)
 
     def _read(self, ids: Tensor, count: int, positions: Tensor) -> Tensor:
-        """Logits after each of `ids`, the first `count` of which belong to the text, at `positions` (1, tokens)."""
-        size = ids.shape[1]
+        """Logits after each of `ids`, the first `count` of which belong to the text, at their `positions`."""
         self.length += count
-        if size not in self.captures:
+        if ids.shape not in self.captures:
             self.captures = self._known()
-        if size not in self.captures:
+        if ids.shape not in self.captures:
             logits = self._forward(ids[:, :count])
-            self.captures[size] = self._checked(ids, positions, logits)
+            self.captures[ids.shape] = self._checked(ids, positions, logits)
             return logits
-        capture = self.captures[size]
+        capture = self.captures[ids.shape]
         if capture is None:
             return self._forward(ids[:, :count])
         return self._replay(ids, count, positions, capture).result().clone()
 
-    def _known(self) -> dict[int, Capture | None]:
+    def _known(self) -> dict[Shape, Capture | None]:
         """The captures of the model as it is now."""
         key = _fingerprint(self.model), self._options(1)
         if self.model not in _captures or _captures[self.model][0] != key:
@@ -197,30 +219,38 @@ class Steps:
 
     def _options(self, tokens: int) -> dict[str, Any]:
         """Keyword arguments of `forward` for so many tokens at once."""
-        options = {k: v for k, v in self.inputs.items() if k not in {"input_ids", "past_key_values", "position_ids"}}
+        own = {"input_ids", "past_key_values", "position_ids", "attention_mask"}
+        options = {k: v for k, v in self.inputs.items() if k not in own}
         return options if tokens == 1 or "logits_to_keep" not in options else {**options, "logits_to_keep": 0}
 
     def _forward(self, ids: Tensor) -> Tensor:
-        """Logits after each of `ids`, which end the text; by the model's own forward."""
+        """Logits after each of `ids`, which end the texts; by the model's own forward."""
         start = self.length - ids.shape[1]
         self._reserved(self.length)
         for layer in self.layers:
             layer.length = start
         given = self._options(ids.shape[1])
+        filling = torch.tensor(self.filling, device=ids.device)[:, None]
         if self.inputs.get("position_ids") is not None:
-            given["position_ids"] = torch.arange(start, self.length, device=ids.device)[None]
-        logits: Tensor = self.model(input_ids=ids, past_key_values=self.inputs["past_key_values"], **given).logits[0]
+            given["position_ids"] = torch.arange(start, self.length, device=ids.device) - filling
+        if any(self.filling):
+            given["attention_mask"] = (torch.arange(self.length, device=ids.device) >= filling).long()
+        cache = self.inputs["past_key_values"]
+        logits: Tensor = self.model(input_ids=ids, past_key_values=cache, **given).logits.flatten(0, 1)
         return logits
 
     def _replay(self, ids: Tensor, count: int, positions: Tensor, capture: Capture) -> Begun:
-        size = ids.shape[1]
-        end = self.length - count + size
-        if end > self.capacity or size not in self.steps:
+        end = self.length - count + ids.shape[1]
+        if end > self.capacity or ids.shape not in self.steps:
             buffers = self._reserved(end)
-            self.steps[size] = capture.bind(buffers, self.threads)
+            if any(self.filling):
+                for layer in self.layers:
+                    layer.shift(self.filling)
+                self.filling = [0] * len(ids)
+            self.steps[ids.shape] = capture.bind(buffers, self.threads)
             if not self.position.is_cuda:  # our threads and torch's, which wait by spinning, would share the cores
                 torch.set_num_threads(1)
-        return self.steps[size](ids, positions)
+        return self.steps[ids.shape](ids, positions)
 
     def _reserved(self, length: int) -> list[Tensor]:
         """Keys and values of every layer, alternating, with room for `length` tokens; the prompt has been read."""
@@ -237,10 +267,15 @@ class Steps:
         """A capture that gave the expected logits for tokens that are in the cache already; None if there is none."""
         start, count = time.perf_counter(), len(expected)
         try:
-            buffers = [buffer.clone() for buffer in self._reserved(self.length - count + ids.shape[1])]
+            self._reserved(self.length - count + ids.shape[1])
+            copies = [copy.deepcopy(layer) for layer in self.layers]
+            for layer in copies:
+                layer.shift(self.filling)
+            buffers = [buffer for layer in copies for buffer in (layer.keys, layer.values) if buffer is not None]
             shapes = [buffer.shape for buffer in buffers]
-            capture = Capture(self.model, {**self.inputs, **self._options(ids.shape[1])}, shapes, ids.shape[1])
-            got = capture(ids, positions, buffers)[:count]
+            options = {"position_ids": self.inputs.get("position_ids"), **self._options(ids.shape[1])}
+            capture = Capture(self.model, options, shapes, ids.shape[1])
+            got = capture(ids, positions, buffers)[: len(expected)]
             error = (got - expected).abs().max() / expected.abs().max()
             if not error <= TOLERANCE.get(expected.dtype, HALF_TOLERANCE):
                 raise Uncapturable(f"the captured step is off by {float(error):.1e}")

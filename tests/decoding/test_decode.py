@@ -53,7 +53,7 @@ def both(model, ids, **options):
     outputs = []
     for custom in ({}, {"custom_generate": decode}):
         torch.manual_seed(4)
-        outputs.append(model.generate(ids, attention_mask=torch.ones_like(ids), **custom, **options))
+        outputs.append(model.generate(ids, **{"attention_mask": torch.ones_like(ids), **options}, **custom))
     return outputs
 
 
@@ -142,26 +142,74 @@ def test_streamers_hear_what_generate_tells_them(rows):
             fast_generate(model, ids, streamer=fast, num_beams=2, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
-def test_batches_and_beams_are_left_to_the_model(options):
-    model = variant("llama", "asvd")
-    ids = tokens(2, 6)
+@pytest.mark.parametrize("method", ["dense", "lrq", "gsi"])
+@pytest.mark.parametrize("architecture", sorted(CAPTURED))
+def test_several_sequences(architecture, method, monkeypatch):
+    """Of different lengths, filled up from the left, and when the cache grows; some end before others."""
+    monkeypatch.setattr(module, "CAPACITY", 8)
+    model, ids = variant(architecture, method), tokens(3, 9)
+    filled = torch.ones_like(ids)
+    filled[0, :4] = filled[2, :1] = 0
+    usual = fast_generate(model, ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[:, 9:]
+    for mask in (torch.ones_like(ids), filled):
+        for options in (*MODES.values(), {"eos_token_id": [int(usual[0, 5]), int(usual[1, 8])], "min_new_tokens": 0}):
+            expected, got = both(model, ids, attention_mask=mask, **options)
+            assert torch.equal(expected, got)
+    assert module.captured(model, sequences=3) is not None
+
+
+def test_a_sequence_is_answered_as_if_it_were_alone():
+    model, ids = variant("llama", "lrq"), tokens(4, 20)
+    mask = torch.ones_like(ids)
+    lengths = 20, 3, 11, 1
+    for row, length in enumerate(lengths):
+        mask[row, : 20 - length] = 0
+    together = both(model, ids, attention_mask=mask)[1]
+    for row, length in enumerate(lengths):
+        assert torch.equal(together[row, 20 - length :], both(model, ids[row : row + 1, 20 - length :])[1][0])
+
+
+def test_several_answers_of_a_step_that_cannot_be_captured():
+    """Read by the model itself, filling included."""
+    model, ids = variant("llama", "context"), tokens(3, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    for options in ({}, {"num_return_sequences": 2, **MODES["sampling"]}):
+        expected, got = both(model, ids, attention_mask=mask, **options)
+        assert torch.equal(expected, got)
+    assert module.captured(model, sequences=3) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1] * 6])}, "not on the left"),
+        ({"num_return_sequences": 33, "do_sample": True}, "too many sequences"),
+    ],
+)
+def test_other_batches_are_left_to_the_model(options, reason):
+    model, ids = variant("llama", "asvd"), tokens(2, 6)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             expected, got = both(model, ids, **options)
             assert torch.equal(expected, got)
-    assert sum("without the fast path: more than one sequence" in str(w.message) for w in caught) == 1
+    assert sum(reason in str(w.message) for w in caught) == 1
     assert not captured(model)
 
 
-def test_padding_positions_caches_and_dictionaries_are_left_to_the_model():
-    model = tiny_model("llama")
-    ids, mask = tokens(1, 6), torch.ones(1, 6, dtype=torch.long)
-    mask[:, :2] = 0
+def test_beams_are_left_to_the_model():
+    model, ids = variant("llama", "asvd"), tokens(2, 6)
+    for options in ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+        expected, got = both(model, ids, **options)
+        assert torch.equal(expected, got)
+    assert not captured(model)
+
+
+def test_positions_caches_and_dictionaries_are_left_to_the_model():
+    model, ids = tiny_model("llama"), tokens(1, 6)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 1, "do_sample": False}
     for extra in (
-        {"attention_mask": mask},
         {"use_cache": False},
         {"cache_implementation": "static"},
         {"prefill_chunk_size": 2},

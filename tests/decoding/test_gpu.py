@@ -34,6 +34,17 @@ def test_same_tokens(architecture: str, method: str):
     assert captured(model)
 
 
+@pytest.mark.parametrize(("architecture", "method"), VARIANTS, ids=str)
+def test_several_sequences(architecture: str, method: str):
+    model, ids = on_gpu(architecture, method), tokens(3, 9).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[2, :1] = 0
+    for given in (torch.ones_like(ids), mask):
+        expected, got = both(model, ids, attention_mask=given)
+        assert torch.equal(expected, got)
+    assert module.captured(model, sequences=3) is not None
+
+
 def test_one_graph_serves_every_sequence_and_length(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "CAPACITY", 8)
     model = on_gpu("llama", "lrq")

@@ -12,9 +12,11 @@ from triton.runtime.autotuner import Autotuner
 
 from rankgate.ops.gpu import attention as attention_gpu
 from rankgate.ops.gpu import gated as gated_gpu
+from rankgate.ops.gpu import many as many_gpu
 from rankgate.ops.gpu import quantized as quantized_gpu
 from rankgate.ops.gpu import refined as refined_gpu
 from rankgate.ops.gpu import rounding as rounding_gpu
+from rankgate.ops.gpu import unpack as unpack_gpu
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NAMES = {
@@ -74,13 +76,23 @@ def main() -> None:
                 build(gated_gpu._combine, {**constants, "BATCH": batch}, pdl=True, **more)
         constants = {"WIDTH": 64, "VALUE": 64, "BLOCK": 128, "SPLITS": 8, "OVERLAP": True}
         cache = {"cache": I64, "counters": I64, "position": I64, "parts": F32, "sums": F32}
-        numbers = {"share": 3, "width": 64, "value_width": 64, "scale": 0.1}
+        numbers = {"heads": 6, "share": 3, "width": 64, "value_width": 64, "scale": 0.1}
         build(attention_gpu._attend, constants, pdl=True, q=dtype, k=dtype, v=dtype, out=dtype, **cache, **numbers)
     codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
     half, constants = torch.float16, {"BITS": 4, "ZERO": False, "BATCH": 1, "PARTS": 2, "OVERLAP": True}
     build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, extra=F32, **codes, **size)
     constants = {**both, "CHUNKS": 8, "PARTS": 2, "LISTS": 2, "TOGETHER": 64, "SLOTS": 8}
     build(refined_gpu._refine, constants, pdl=True, **low, **lists, **plane, **size)
+    counts = {"sums": F32, "counts": I32, "chunks": 2, "counters": 4}
+    for dtype, bits, zero, refined in ((torch.bfloat16, 4, None, True), (half, 8, I8, False), (half, 4, I8, True)):
+        packed = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero}
+        form = {"BITS": bits, "ZERO": zero is not None}
+        more = {"RANK": 16, "REFINED": refined, "BATCH": 16, "ROWS": 128, "GROUPS": 2, "SPLITS": 4, "INPUTS": 64}
+        given = {**plane, **lists, **low, **size, **packed, **counts, "x": dtype, "out": dtype}
+        build(many_gpu._multiply, {**form, **more}, **given)
+        build(many_gpu._project, {"RANK": 16, "BATCH": 16, "CHUNK": 512, "INPUTS": 128, "COUNTERS": 1024}, **given)
+        build(unpack_gpu._unpack, {**form, "ROWS": 64, "GROUPS": 4}, W=dtype, start=0, **packed, **size)
+        build(unpack_gpu._unpack_plane, {"INPUTS": 64}, W=dtype, start=0, **plane, **lists, **size)
     matrices = dict.fromkeys(("rows", "s", "z", "U", "codes", "errors"), F32)
     build(rounding_gpu._round_block, {"B": 64, "M": 32}, **matrices, count=64, m=129, low=0.0, high=15.0)
 

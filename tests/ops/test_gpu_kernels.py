@@ -9,11 +9,15 @@ import pytest
 import torch
 from test_cpu_kernels import FLOAT32_STEPS, group
 from torch import Tensor
+from torch.nn import functional as F
 
 from rankgate.ops.attention import attend_reference
 from rankgate.ops.gpu import attention as attention_gpu
 from rankgate.ops.gpu import gated as gated_gpu
+from rankgate.ops.gpu import linear as linear_gpu
+from rankgate.ops.gpu import many as many_gpu
 from rankgate.ops.gpu import quantized as quantized_gpu
+from rankgate.ops.gpu import unpack as unpack_gpu
 from rankgate.quantized import QuantizedGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,6 +60,40 @@ def test_kernel_is_the_oracle_but_for_rounding(case: tuple[int, int, int, bool, 
     y = gemv(x, quantized)
     assert y.dtype == dtype
     assert ((y.float() - expected).abs() <= rounding + bound(quantized, x.float())).all()
+
+
+MANY = (
+    # m, n, bits, zero points, rank, share of open channels, tokens
+    (1, 1, 4, False, 5, 0.5, 2),
+    (65, 70, 4, False, 0, 0.0, 17),
+    (200, 130, 8, True, 0, 0.0, 33),
+    (129, 577, 4, True, 5, 0.1, 65),
+    (70, 200, 8, False, 16, 1.0, 9),
+    (130, 300, 4, False, 20, 0.1, 16),
+)
+
+
+def of_torch(quantized: QuantizedGroup, x: Tensor) -> Tensor:
+    """By products of torch in the dtype of x."""
+    y = F.linear(x, quantized.base.dequantize(x.dtype))
+    if quantized.low_rank is not None:
+        y += F.linear(x, quantized.low_rank.dequantize().to(x.dtype))
+    return y if quantized.refinement is None else y + quantized.refinement(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_several_tokens_are_as_exact_as_torch(case: tuple[int, int, int, bool, int, float, int], dtype: torch.dtype):
+    m, n, bits, zero, rank, opened, tokens = case
+    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened).to(DEVICE)
+    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
+    exact = quantized.reference(x.double())
+    allowed = 2 * (of_torch(quantized, x) - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+    found = [linear_gpu.linear(x, quantized.parts), unpack_gpu.multiply(x, quantized.parts)]
+    found += [many_gpu.multiply(x, quantized.parts)] if dtype != torch.float32 else []
+    for y in found:
+        assert y.dtype == dtype and y.shape == exact.shape
+        assert (y - exact).norm() <= allowed
 
 
 def test_an_input_that_begins_anywhere():

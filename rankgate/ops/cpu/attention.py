@@ -26,9 +26,10 @@ from rankgate.ops.cpu.vnni import as_float
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 # words of the arguments: how keys and values are stored; query heads, groups of them, room of the cache, d, e, bits of
 # s (float32), window; addresses of q (H × d) and the result (H × e), float32, of k (G × d), v (G × e), keys, values and
-# position; parts of a text, and the address of what each leaves for each head: largest score, sum, e weighted values
+# positions; parts of a text, the address of what each leaves for each head (largest score, sum, e weighted values), and
+# groups of a sequence: those of all sequences are numbered, and so are the heads
 STORED, HEADS, GROUPS, CAPACITY, WIDTH, VALUE_WIDTH, SCALE, WINDOW, Q, OUT, K, V, KEYS, VALUES, POSITION = range(15)
-PARTS, FOUND = 15, 16
+PARTS, FOUND, OWN = 15, 16, 17
 TILE = 16 << 10  # bytes of keys that are read at once, while the next ones are on their way
 LOWEST = np.float32(-3e38)
 LOWEST_KEY, MAGNITUDE = np.int32(-(2**31)), np.int32(0x7FFFFFFF)
@@ -85,7 +86,8 @@ def attend_part(arguments: int, chunk: int) -> None:
     start = read_int64(arguments, 8 * CAPACITY) * group
     keys = read_int64(arguments, 8 * KEYS) + row * start
     values = read_int64(arguments, 8 * VALUES) + value_row * start
-    count, window = read_int64(read_int64(arguments, 8 * POSITION), 0) + 1, read_int64(arguments, 8 * WINDOW)
+    sequence, window = group // read_int64(arguments, 8 * OWN), read_int64(arguments, 8 * WINDOW)
+    count = read_int64(read_int64(arguments, 8 * POSITION), 8 * sequence) + 1
     first = max(count - window, 0) if window else 0
     share = -(-(count - first) // parts)
     stop = min(first + part * share + share, count)
@@ -164,13 +166,13 @@ class Attention:
         out: Tensor,
         memory: Callable[[int], Tensor] = scratch,
     ) -> None:
-        _, groups, capacity, width = keys.shape
-        heads, value_width = q.shape[1], values.shape[3]
+        sequences, own, capacity, width = keys.shape
+        groups, heads, value_width = sequences * own, sequences * q.shape[1], values.shape[3]
         parts = -(-2 * team.size() // groups)
         self.found = memory(4 * heads * parts * (value_width + 2))
         sizes = [KINDS[keys.dtype], heads, groups, capacity, width, value_width, bits_of(scale), window]
         addresses = [t.data_ptr() for t in (q, out, k, v, keys, values, position)]
-        self.arguments = np.array([*sizes, *addresses, parts, self.found.data_ptr()], np.int64)
+        self.arguments = np.array([*sizes, *addresses, parts, self.found.data_ptr(), own], np.int64)
         self.rows = [team.row(attend_part, self.arguments, groups * parts), team.row(put_together, self.arguments, 1)]
 
     def bind(self, keys: Tensor, values: Tensor) -> None:
@@ -185,7 +187,7 @@ def attend(
     if keys.dtype not in KINDS or keys.device.type != "cpu" or q.shape[2] > 1:
         return attend_reference(q, k, v, keys, values, position, scale, window)
     query, k, v = q.float().contiguous(), k.contiguous(), v.contiguous()
-    out = torch.empty((1, 1, q.shape[1], values.shape[3]))
-    found = Attention(query, k, v, keys, values, position, scale=scale, window=window, out=out)
+    out = torch.empty((len(q), 1, q.shape[1], values.shape[3]))
+    found = Attention(query, k, v, keys, values, position.contiguous(), scale=scale, window=window, out=out)
     team.run_between(team.program(found.rows))
     return out.to(q.dtype)

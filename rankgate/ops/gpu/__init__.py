@@ -29,7 +29,9 @@ def takes(x: Tensor, *_: Any) -> bool:
 
 register("gated", "CUDA", "rankgate.ops.gpu.gated.gemv", takes=takes, definition=gated_definition)
 register(
-    "quantized_linear.parts", "CUDA", "rankgate.ops.gpu.quantized.gemv_of", takes=takes, definition=linear_definition
+    *("quantized_linear.parts", "CUDA", "rankgate.ops.gpu.linear.linear"),
+    takes=lambda x, *_: TRITON and x.dtype != torch.float64,
+    definition=linear_definition,
 )
 register("attend_at", "CUDA", "rankgate.ops.gpu.attention.attend")
 register(

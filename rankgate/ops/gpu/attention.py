@@ -1,11 +1,11 @@
 """Attention of new tokens on the GPU (Triton): `ops.attention`, with a cache that is found on the device.
 
 The address of every layer's keys and values is data, in a small table, and so is the position. The launch is therefore
-the same for every step of every sequence, and a CUDA graph that contains it outlives the cache it was recorded with.
+the same for every step of whatever sequences, and a CUDA graph that has it outlives the cache it was recorded with.
 
-A program takes one query head, one token and every SPLITS-th block of keys. It leaves its maximum, sum and mixed values
-in a scratch; the program that is through last adds up the parts of its head and token. Heads that share keys, and
-tokens, read them again, from the cache of the GPU.
+A program takes one query head of one sequence, one token and every SPLITS-th block of keys. It leaves its maximum, sum
+and mixed values in a scratch; the program that is through last adds up the parts of its head and token. Heads that
+share keys, and tokens, read them again, from the cache of the GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def table(buffers: list[Tensor]) -> Tensor:
 
     For each layer the address of the keys, that of the values, and the capacity; then counters for the heads and new
     tokens of one layer, zero between launches.
-    buffers: keys and values of every layer, alternating: (1, G, capacity, width), contiguous.
+    buffers: keys and values of every layer, alternating: (B, G, capacity, width), contiguous.
     """
     pairs = zip(buffers[::2], buffers[1::2], strict=True)
     fields = [field for k, v in pairs for field in (k.data_ptr(), v.data_ptr(), k.shape[2])]
@@ -45,6 +45,7 @@ def _attend(
     out,
     parts,
     sums,
+    heads,
     share,
     width,
     value_width,
@@ -56,8 +57,10 @@ def _attend(
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
-    head, split, token, first = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.load(position)
-    heads, tokens, last = tl.num_programs(0), tl.num_programs(2), first + token
+    head, split, token, tokens = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    sequence = head // heads
+    first = tl.load(position + sequence * tokens)
+    last = first + token
     active = tl.minimum(SPLITS, last // BLOCK + 1)
     if split >= active:
         return
@@ -86,7 +89,7 @@ def _attend(
         total = total * shrink + tl.sum(weight, 0)
         mixed = mixed * shrink + tl.sum(weight[:, None] * value, 0)
         top = higher
-    place, line = token * heads + head, tl.arange(0, SPLITS)
+    place, line = (sequence * tokens + token) * heads + head % heads, tl.arange(0, SPLITS)
     if active == 1:
         tl.store(out + place * value_width + e, (mixed / total).to(out.dtype.element_ty), mask=value_inside)
     else:
@@ -110,26 +113,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position:
     """Store the keys and values of T tokens in `layer`; each attends to all positions up to its own.
 
     Args:
-        q: (1, H, T, d), with H a multiple of G.
-        k: (1, G, T, d).
-        v: (1, G, T, e).
+        q: (B, H, T, d), with H a multiple of G.
+        k: (B, G, T, d).
+        v: (B, G, T, e).
         cache: see `table`. Its keys and values have the dtypes of k and v.
         layer: which of its layers.
-        position: (1, T) int64, one after the other, below the capacity. Not checked: the decode loop owns it.
+        position: (B, T) int64, one after the other, below the capacity. Not checked: the decode loop owns it.
         scale: s.
 
-    Returns (1, T, H, e). Raises ValueError if H T is more than 4,096.
+    Returns (B, T, H, e). Raises ValueError if B H T is more than 4,096.
     """
-    (_, heads, tokens, width), (_, groups, _, value_width) = q.shape, v.shape
-    if heads * tokens > COUNTERS:
-        raise ValueError(f"{heads} heads for {tokens} tokens are more than {COUNTERS}")
-    splits = min(64, triton.next_power_of_2(triton.cdiv(PROGRAMS, heads)))
+    (sequences, heads, tokens, width), (_, groups, _, value_width) = q.shape, v.shape
+    everything = sequences * heads * tokens
+    if everything > COUNTERS:
+        raise ValueError(f"{heads} heads for {sequences * tokens} tokens are more than {COUNTERS}")
+    splits = min(64, triton.next_power_of_2(triton.cdiv(PROGRAMS, sequences * heads)))
     overlap = overlaps(q.device)
     VALUE = triton.next_power_of_2(value_width)
-    out = q.new_empty((1, tokens, heads, value_width))
-    parts = q.new_empty(heads * tokens * splits * VALUE, dtype=torch.float32)
-    sums = q.new_empty(heads * tokens * splits * 2, dtype=torch.float32)
-    _attend[heads, splits, tokens](
+    out = q.new_empty((sequences, tokens, heads, value_width))
+    parts = q.new_empty(everything * splits * VALUE, dtype=torch.float32)
+    sums = q.new_empty(everything * splits * 2, dtype=torch.float32)
+    _attend[sequences * heads, splits, tokens](
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -139,6 +143,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position:
         out,
         parts,
         sums,
+        heads,
         heads // groups,
         width,
         value_width,

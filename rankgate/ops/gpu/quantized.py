@@ -13,8 +13,6 @@ over the low and the high nibbles of the bytes, in float32, whatever the dtype o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -177,11 +175,6 @@ def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: T
         launch_pdl=overlap,
     )
     return y
-
-
-def gemv_of(x: Tensor, parts: list[Any]) -> Tensor:
-    """y (…, m) from x (…, n) and `QuantizedGroup.parts`."""
-    return gemv(x.reshape(-1, x.shape[-1]), *parts).view(*x.shape[:-1], len(parts[0]))
 
 
 def _padded(x: Tensor) -> Tensor:
