@@ -92,7 +92,7 @@ def main() -> None:
         build(many_gpu._multiply, {**form, **more}, **given)
         build(many_gpu._project, {"RANK": 16, "BATCH": 16, "CHUNK": 512, "INPUTS": 128, "COUNTERS": 1024}, **given)
         build(unpack_gpu._unpack, {**form, "ROWS": 64, "GROUPS": 4}, W=dtype, start=0, **packed, **size)
-        build(unpack_gpu._unpack_plane, {"INPUTS": 64}, W=dtype, start=0, **plane, **lists, **size)
+        build(unpack_gpu._unpack_both, form, W=dtype, start=0, **packed, **plane, **lists, **size)
     matrices = dict.fromkeys(("rows", "s", "z", "U", "codes", "errors"), F32)
     build(rounding_gpu._round_block, {"B": 64, "M": 32}, **matrices, count=64, m=129, low=0.0, high=15.0)
 

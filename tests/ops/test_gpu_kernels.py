@@ -11,13 +11,13 @@ from test_cpu_kernels import FLOAT32_STEPS, group
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankgate.core import FEW
 from rankgate.ops.attention import attend_reference
 from rankgate.ops.gpu import attention as attention_gpu
 from rankgate.ops.gpu import gated as gated_gpu
 from rankgate.ops.gpu import linear as linear_gpu
 from rankgate.ops.gpu import many as many_gpu
 from rankgate.ops.gpu import quantized as quantized_gpu
-from rankgate.ops.gpu import unpack as unpack_gpu
 from rankgate.quantized import QuantizedGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,11 +89,27 @@ def test_several_tokens_are_as_exact_as_torch(case: tuple[int, int, int, bool, i
     x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
     exact = quantized.reference(x.double())
     allowed = 2 * (of_torch(quantized, x) - exact).norm() + torch.finfo(dtype).eps * exact.norm()
-    found = [linear_gpu.linear(x, quantized.parts), unpack_gpu.multiply(x, quantized.parts)]
-    found += [many_gpu.multiply(x, quantized.parts)] if dtype != torch.float32 else []
+    found = [many_gpu.multiply(x, quantized.parts)] if dtype != torch.float32 else []
+    if tokens <= FEW or (dtype != torch.float32 and tokens <= many_gpu.LARGEST):
+        found.append(linear_gpu.linear(x, quantized.parts))
     for y in found:
         assert y.dtype == dtype and y.shape == exact.shape
         assert (y - exact).norm() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_a_prompt_finds_every_channel_open(case: tuple[int, int, int, bool, int, float, int], dtype: torch.dtype):
+    m, n, bits, zero, rank, opened, _ = case
+    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened).to(DEVICE)
+    x = torch.randn(65, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
+    y = linear_gpu.linear(x, quantized.parts)
+    if quantized.refinement is not None:
+        quantized.refinement.gate.threshold.fill_(-1)
+    exact = quantized.reference(x.double())
+    allowed = 2 * (of_torch(quantized, x) - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+    assert y.dtype == dtype
+    assert (y - exact).norm() <= allowed
 
 
 def test_an_input_that_begins_anywhere():

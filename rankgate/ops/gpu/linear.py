@@ -15,7 +15,8 @@ def linear(x: Tensor, parts: list[Any]) -> Tensor:
     """y (…, m) from x (…, n) and `QuantizedGroup.parts`.
 
     One token, and up to 8 of float32 or with a refinement plane, of which each then reads what it opens: `quantized`.
-    Up to 64 in 16 bits: `many`. More: `unpack`.
+    Up to 64 in 16 bits: `many`. More, as in a prompt: `unpack`, for which every channel is open. That is nearer to the
+    dense model than the gate, and who records gates, as an evaluation does, gets `QuantizedGroup.reference`.
     """
     flat = x.reshape(-1, x.shape[-1])
     short, refined = x.dtype != torch.float32, parts[6] is not None

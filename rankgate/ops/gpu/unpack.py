@@ -1,8 +1,9 @@
 """A quantised input group for prompts on the GPU: strips of it as 16-bit (or float32) floats, into cuBLAS.
 
 At so many tokens the product is bound by arithmetic, of which cuBLAS does most; unpacking costs as much as some hundred
-tokens. A strip is small enough to stay in the GPU's cache until it is multiplied, unless tokens are so few that only a
-large one keeps all multiprocessors busy.
+tokens. What a gate opens would have to be multiplied by itself, which costs more than all of the refinement plane in
+the same matrix: so every channel is open for every token here. A strip is small enough to stay in the GPU's cache until
+it is multiplied, unless tokens are so few that only a large one keeps all multiprocessors busy.
 """
 
 from __future__ import annotations
@@ -53,47 +54,62 @@ def _unpack(
 
 
 @triton.jit
-def _unpack_plane(W, plane, row_factor, column, start, m, n, INPUTS: tl.constexpr):
-    """W (rows × n) = E, of 128 rows (`start` is a multiple of that) and INPUTS columns."""
-    strip = start // 128 + tl.program_id(0)
-    k, byte = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)[None, :], tl.arange(0, 64)[:, None]
+def _unpack_both(
+    W, codes, scale, zero, plane, row_factor, column, start, m, n, blocks, BITS: tl.constexpr, ZERO: tl.constexpr
+):
+    """W (rows × n) = Q + E, of 128 rows (`start` is a multiple of that) and 64 columns."""
+    WIDTH: tl.constexpr = 8 * BITS
+    dtype: tl.constexpr = W.dtype.element_ty
+    block, strip = tl.program_id(1), start // 128 + tl.program_id(0)
+    byte, i = tl.arange(0, 64)[:, None], tl.arange(0, 32)[None, :]
     stride = tl.where(strip * 128 + 128 <= tl.cdiv(m, 64) * 64, 64, 32)
-    q = tl.load(plane + strip.to(tl.int64) * 64 * n + k * stride + byte, mask=(k < n) & (byte < stride), other=0x88)
-    c = tl.load(column + k, mask=k < n, other=0.0).to(tl.float32)
-    r = byte // 32 * 64 + byte % 32
-    for half in tl.static_range(2):
-        row = strip * 128 + r + 32 * half
-        inside = (row < m) & (k < n)
+    here = plane + strip.to(tl.int64) * 64 * n + byte
+    k = block * 64 + i
+    e_first = tl.load(here + k * stride, mask=(k < n) & (byte < stride), other=0x88)
+    e_second = tl.load(here + (k + 32) * stride, mask=(k + 32 < n) & (byte < stride), other=0x88)
+    c_first = tl.load(column + k, mask=k < n, other=0.0).to(tl.float32)
+    c_second = tl.load(column + k + 32, mask=k + 32 < n, other=0.0).to(tl.float32)
+    for half in tl.static_range(2):  # low nibbles of the plane are of other rows than high ones
+        row = strip * 128 + byte // 32 * 64 + byte % 32 + 32 * half
+        group = tl.minimum(row, m - 1).to(tl.int64) * blocks + block
+        s = tl.load(scale + group).to(tl.float32)
+        z = tl.load(zero + group).to(tl.float32) if ZERO else (8.0 if BITS == 4 else 0.0)
+        f = tl.load(row_factor + row, mask=row < m, other=0.0).to(tl.float32)
+        first = tl.load(codes + group * WIDTH + i)
+        if BITS == 4:
+            second = first >> 4
+            first &= 15
+        else:
+            second = tl.load(codes + group * WIDTH + 32 + i)
+        a = ((e_first >> 4 * half) & 15).to(tl.float32) - 8
+        b = ((e_second >> 4 * half) & 15).to(tl.float32) - 8
         place = W + (row - start).to(tl.int64) * n + k
-        e = ((q >> 4 * half) & 15).to(tl.float32) - 8
-        e *= c * tl.load(row_factor + row, mask=row < m, other=0.0).to(tl.float32)
-        tl.store(place, e.to(W.dtype.element_ty), mask=inside)
+        whole = (first.to(tl.float32) - z) * s + a * c_first * f
+        tl.store(place, whole.to(dtype), mask=(row < m) & (k < n))
+        whole = (second.to(tl.float32) - z) * s + b * c_second * f
+        tl.store(place + 32, whole.to(dtype), mask=(row < m) & (k + 32 < n))
 
 
 def multiply(x: Tensor, parts: list[Any]) -> Tensor:
-    """y (tokens, m) from x (tokens, n) and `QuantizedGroup.parts`."""
-    codes, scale, zero, A, B, factor, plane, row, column, threshold = parts
+    """y (tokens, m) from x (tokens, n) and `QuantizedGroup.parts`, as if every channel were open."""
+    codes, scale, zero, A, B, factor, plane, row, column, _ = parts
     (tokens, n), (m, blocks) = x.shape, scale.shape
     y = x.new_empty((tokens, m))
-    opened = None if plane is None else torch.where(x.abs() > threshold, x, 0)
     strip = max(CACHED // (n * x.element_size()), WORK // tokens) // 128 * 128
     strip = min(max(strip, 128), m)
     W = x.new_empty((strip, n))
-    bits = 4 if codes.dtype == torch.uint8 else 8
+    form: dict[str, Any] = {"BITS": 4 if codes.dtype == torch.uint8 else 8, "ZERO": zero is not None}
     for start in range(0, m, strip):
-        rows = min(strip, m - start)
-        _unpack[triton.cdiv(rows, ROWS), triton.cdiv(blocks, GROUPS)](
-            *(W, codes, scale, zero, start, min(start + rows, m), n, blocks),
-            BITS=bits,
-            ZERO=zero is not None,
-            ROWS=ROWS,
-            GROUPS=GROUPS,
-        )
-        here = y[:, start : start + rows]
-        torch.mm(x, W[:rows].T, out=here)
-        if opened is not None:
-            _unpack_plane[triton.cdiv(rows, 128), triton.cdiv(n, 64)](W, plane, row, column, start, m, n, INPUTS=64)
-            here.addmm_(opened, W[:rows].T)
+        stop = min(start + strip, m)
+        if plane is None:
+            _unpack[triton.cdiv(stop - start, ROWS), triton.cdiv(blocks, GROUPS)](
+                *(W, codes, scale, zero, start, stop, n, blocks), ROWS=ROWS, GROUPS=GROUPS, **form
+            )
+        else:
+            _unpack_both[triton.cdiv(stop - start, 128), blocks](
+                *(W, codes, scale, zero, plane, row, column, start, m, n, blocks), **form
+            )
+        torch.mm(x, W[: stop - start].T, out=y[:, start:stop])
     if A is not None:
         z = F.linear(x.float(), B.float()) * factor
         y.addmm_(z.to(x.dtype), A.T.to(x.dtype))
