@@ -126,20 +126,45 @@ COLUMNS: Columns = {
 }
 
 
+def overview() -> str:
+    """The README's table: of every model the converted rows, and the dense one in our loop."""
+    rows = []
+    for content in of_devices("peers"):
+        model = content["settings"]["model"].removesuffix(".gguf")
+        rows += [{**r, "name": f"{model} {r['name'].removeprefix(f'{model} ')}"} for r in ours(content)]
+    return table([r for r in rows if r["loop"] == "decode" and "float32" not in r["name"]], OVERVIEW)
+
+
+def ours(content: Any) -> list[Row]:
+    """The rows that are not llama.cpp's, each with the file to compare it with."""
+    files = [r for r in content["results"] if r["loop"] == "llama.cpp"]
+    return [{**r, "match": matches(r, files)} for r in content["results"] if r["loop"] != "llama.cpp"]
+
+
+OVERVIEW: Columns = {
+    "model, loop": lambda r: r["name"],
+    "of llama.cpp's": COLUMNS["of llama.cpp's"],
+    "decode": COLUMNS["decode"],
+    "prompt of 512": COLUMNS["prompt of 512"],
+    "prompt of 2,048": COLUMNS["prompt of 2,048"],
+    "KL": COLUMNS["KL"],
+    "its KL": lambda r: number(r["match"]["kl"], 4),
+}
+
+
 def section() -> str:
     parts = []
     for content in of_devices("peers"):
         files = [r for r in content["results"] if r["loop"] == "llama.cpp"]
-        rows = [{**r, "match": matches(r, files)} for r in content["results"] if r["loop"] != "llama.cpp"]
-        parts.append(
-            f"### {content['settings']['model']}\n\n{source(content)}\n\n{table(rows, COLUMNS)}\n{of_files(files)}"
-        )
+        title = f"### {content['settings']['model']}\n\n{source(content)}"
+        parts.append(f"{title}\n\n{table(ours(content), COLUMNS)}\n{of_files(files)}")
     body = "\n".join(parts)
     return f"""## Beside llama.cpp (CPU)
 
 Tokens per second as multiples of llama.cpp's on the same machine, in turn, with its file of about as many bits; the two
-`generate()` rows are transformers' own loop. `8 at once`: tokens per second of eight sequences over those of one.
-`beside a busy core`: seconds over those without. KL and top-1 from the dense model on 2,048 held-out tokens.
+`generate()` rows are transformers' own loop. `8 at once`: tokens per second of eight sequences over those of one, both
+in our loop. `beside a busy core`: seconds of a token over those without. KL and top-1 from the dense model on 2,048
+held-out tokens.
 
 {body}"""
 

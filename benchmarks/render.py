@@ -16,11 +16,13 @@ import controls
 import curve
 import exact
 import foundation
+import gpu_batches
 import gpu_convert
 import gpu_decode
 import gpu_kernels
 import harness
 import memory
+import peers
 import render_api
 import serving
 import speed
@@ -52,7 +54,7 @@ def documents() -> dict[Path, str]:
 def marked() -> dict[Path, dict[str, str]]:
     """What goes between marks of files that are written by hand: by file and mark."""
     return {
-        ROOT / "README.md": {"results": overview()},
+        ROOT / "README.md": {"results": overview(), "peers": peers.overview()},
         DOCS / "attention.md": {"attention": attention_quality.overview(load("attention_quality"))},
     }
 
@@ -103,6 +105,7 @@ def results() -> Iterator[str]:
     yield controls.section(load("controls"))
     yield speed.plans(load("plans"))
     yield speed.section(load("speed"))
+    yield peers.section()
     yield foundation.section(load("foundation"))
     yield memory.section(load("memory"))
     yield calibration.section(load("calibration"))
@@ -115,6 +118,7 @@ def results() -> Iterator[str]:
     yield from of_each(gpu_decode.section, "gpu_decode")
     yield from of_each(gpu_kernels.section, "gpu_kernels")
     yield "![bandwidth against bytes read, for each kernel](roofline.png)\n"
+    yield from of_each(gpu_batches.section, "gpu_batches")
     yield from of_each(gpu_convert.section, "gpu_convert")
 
 

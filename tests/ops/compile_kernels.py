@@ -1,7 +1,11 @@
-"""Compile every Triton kernel for a real GPU, on a machine that may have none. Run by test_gpu_kernels.py in a process
+"""Compile every kernel for a real GPU, on a machine that may have none. Run by test_gpu_kernels.py in a process
 without TRITON_INTERPRET: the interpreter accepts programs that the compiler does not.
 """
 
+import ctypes
+import importlib.util
+import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +15,8 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 
 from rankgate.ops.gpu import attention as attention_gpu
+from rankgate.ops.gpu import fragments as fragments_gpu
 from rankgate.ops.gpu import gated as gated_gpu
-from rankgate.ops.gpu import many as many_gpu
 from rankgate.ops.gpu import quantized as quantized_gpu
 from rankgate.ops.gpu import refined as refined_gpu
 from rankgate.ops.gpu import rounding as rounding_gpu
@@ -54,7 +58,34 @@ def build(kernel: Any, constants: dict[str, Any], pdl: bool = False, **arguments
     print(kernel.fn.__name__, {name: value for name, value in constants.items() if name != "OVERLAP"})
 
 
+def nvrtc() -> ctypes.CDLL:
+    """Of the package nvidia-cuda-nvrtc."""
+    (folder,) = importlib.util.find_spec("nvidia").submodule_search_locations
+    first, second = (next(Path(folder).glob(f"cu*/lib/{name}.so*")) for name in ("libnvrtc-builtins", "libnvrtc"))
+    ctypes.CDLL(str(first), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(second))
+
+
+def build_cuda(library: ctypes.CDLL, **values: int) -> None:
+    """`fragments.cu` for these values of its macros, for Ampere and Hopper."""
+    for architecture in (b"sm_80", b"sm_90"):
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        text = fragments_gpu.source(**values).encode()
+        assert library.nvrtcCreateProgram(ctypes.byref(program), text, b"fragments.cu", 0, None, None) == 0
+        options = (ctypes.c_char_p * 1)(b"--gpu-architecture=" + architecture)
+        failed = library.nvrtcCompileProgram(program, 1, options)
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        assert not failed, log.value.decode()
+    print("fragments", values)
+
+
 def main() -> None:
+    library = nvrtc()
+    for bits, zero, half, tokens in itertools.product((4, 8), (0, 1), (0, 1), (2, 16, 64)):
+        shape = fragments_gpu.shape(tokens, 4096 if half else 16384)
+        build_cuda(library, **shape, BITS=bits, ZERO=zero, HALF=half)
     low = {"B": I8, "factor": F32, "A": I8, "low": F32, "rank": 16}
     lists: dict[str, Any] = {"column": torch.bfloat16, "threshold": torch.bfloat16, "lists": 4}
     lists |= {"channels": I32, "scaled": F32, "counts": I32}
@@ -83,14 +114,9 @@ def main() -> None:
     build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, extra=F32, **codes, **size)
     constants = {**both, "CHUNKS": 8, "PARTS": 2, "LISTS": 2, "TOGETHER": 64, "SLOTS": 8}
     build(refined_gpu._refine, constants, pdl=True, **low, **lists, **plane, **size)
-    counts = {"sums": F32, "counts": I32, "chunks": 2, "counters": 4}
-    for dtype, bits, zero, refined in ((torch.bfloat16, 4, None, True), (half, 8, I8, False), (half, 4, I8, True)):
+    for dtype, bits, zero in ((torch.bfloat16, 4, None), (half, 8, I8), (half, 4, I8)):
         packed = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero}
         form = {"BITS": bits, "ZERO": zero is not None}
-        more = {"RANK": 16, "REFINED": refined, "BATCH": 16, "ROWS": 128, "GROUPS": 2, "SPLITS": 4, "INPUTS": 64}
-        given = {**plane, **lists, **low, **size, **packed, **counts, "x": dtype, "out": dtype}
-        build(many_gpu._multiply, {**form, **more}, **given)
-        build(many_gpu._project, {"RANK": 16, "BATCH": 16, "CHUNK": 512, "INPUTS": 128, "COUNTERS": 1024}, **given)
         build(unpack_gpu._unpack, {**form, "ROWS": 64, "GROUPS": 4}, W=dtype, start=0, **packed, **size)
         build(unpack_gpu._unpack_both, form, W=dtype, start=0, **packed, **plane, **lists, **size)
     matrices = dict.fromkeys(("rows", "s", "z", "U", "codes", "errors"), F32)

@@ -162,7 +162,7 @@ def _multiply(
 def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: Tensor | None) -> Tensor:
     """y (tokens, m) from at most 8 tokens x (tokens, n) and the tensors of `QuantizedGroup.parts`."""
     (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
-    whole, y = _padded(x), x.new_empty((tokens, m))
+    whole, y = padded(x), x.new_empty((tokens, m))
     extra = None if all(part is None for part in added) else refined.added(x, m, *added)
     overlap = overlaps(x.device)
     _multiply[lambda config: (triton.cdiv(m, config["ROWS"]),)](
@@ -177,8 +177,8 @@ def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: T
     return y
 
 
-def _padded(x: Tensor) -> Tensor:
-    """x (tokens, n), n filled up to whole groups, where 64 bits can be loaded at once."""
+def padded(x: Tensor) -> Tensor:
+    """x (tokens, n), n filled up to whole groups, where 128 bits can be loaded at once."""
     missing = -x.shape[-1] % 64
     whole = F.pad(x, (0, missing)) if missing else x.contiguous()
-    return whole if whole.data_ptr() % 8 == 0 else whole.clone()
+    return whole if whole.data_ptr() % 16 == 0 else whole.clone()

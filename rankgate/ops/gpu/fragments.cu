@@ -1,0 +1,164 @@
+// out = Q x + extra for a few tokens, on tensor cores; see fragments.py, which defines
+//
+//     TILES, WARPS  a block takes 16 TILES rows, its warps turn by turn 64 bytes of each of them
+//     COLUMNS       and 8 COLUMNS tokens
+//     BITS, ZERO    of a code; whether groups have zeros of their own
+//     HALF          whether x and out are float16 and not bfloat16
+//
+// A thread loads 16 bytes of codes of the rows that are its own in a fragment of mma.m16n8k16. Which input of x stands
+// where in a fragment does not matter as long as it is the same in both factors: so x is arranged by the order in which
+// codes lie in a word, and a code never leaves the thread that loaded it.
+
+typedef unsigned int u32;
+
+#if HALF
+#define KIND "f16x2"
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#define ONE 0x3c003c00u
+#define MAGIC 0x64006400u  // a small integer in its last bits: that and 1024
+#define OFFSET 1024.f
+#else
+#define KIND "bf16x2"
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#define ONE 0x3f803f80u
+#define MAGIC 0x43004300u  // the same with 128
+#define OFFSET 128.f
+#endif
+#define BYTES 64              // of a row that a warp takes together
+#define GROUPS (8 / BITS)     // of 64 inputs in them
+#define STEPS (32 / BITS)     // products of 16 inputs
+#define MINUS_ZERO 0x80008000u
+
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn." KIND " %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ u32 both(float low, float high) {
+    u32 d;
+    asm("cvt.rn." KIND ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+__device__ __forceinline__ float of_bfloat16(unsigned short bits) { return __uint_as_float((u32)bits << 16); }
+
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 first, u32 second) {
+    asm volatile(MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second));
+}
+
+__device__ __forceinline__ uint4 streamed(const unsigned char* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+struct Row {  // 16 bytes of one
+    u32 word[4];
+    float scale, zero;
+};
+
+// (q - z) s of four codes of a word, as the two pairs of a fragment: at 4 bits of its low nibbles or its high ones
+__device__ __forceinline__ void weights(const Row& row, int step, u32& first, u32& second) {
+#if BITS == 4
+    const u32 word = row.word[step / 2] >> 4 * (step % 2);
+    const u32 zero = both(-OFFSET - row.zero, -OFFSET - row.zero), scale = both(row.scale, row.scale);
+    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(first) : "r"(word), "r"(MAGIC));
+    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(second) : "r"(word >> 8), "r"(MAGIC));
+    first = fma2(fma2(first, ONE, zero), scale, MINUS_ZERO);
+    second = fma2(fma2(second, ONE, zero), scale, MINUS_ZERO);
+#else
+    const u32 word = row.word[step] ^ 0x80808080u;
+    float value[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // under the exponent of 2^23
+        const float code = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7650 + i)) - 8388736.f;
+        value[i] = (code - row.zero) * row.scale;
+    }
+    first = both(value[0], value[1]);
+    second = both(value[2], value[3]);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) fragments(
+    const unsigned short* __restrict__ x, unsigned short* __restrict__ out, const unsigned char* __restrict__ codes,
+    const unsigned short* __restrict__ scale, const signed char* __restrict__ zero, const float* __restrict__ extra,
+    int tokens, int m, int blocks, int parts) {
+    __shared__ float sums[WARPS][COLUMNS * 8][TILES * 16 + 1];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+    const int first_token = blockIdx.x * COLUMNS * 8, first_row = blockIdx.y * TILES * 16;
+    const int chunks = (blocks + GROUPS - 1) / GROUPS;
+    const long n = (long)blocks * 64;
+    float total[TILES][COLUMNS][4] = {};
+    Row next[2 * TILES];
+
+    auto load = [&](int chunk) {
+        const int group = chunk * GROUPS + c * GROUPS / 4;
+        const bool there = group < blocks;
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; i++) {
+            const long at = (long)min(first_row + 8 * i + r, m - 1) * blocks + (there ? group : 0);
+            const uint4 v = streamed(codes + at * 8 * BITS + 16 * (c % (BITS / 2)));
+            next[i].word[0] = v.x, next[i].word[1] = v.y, next[i].word[2] = v.z, next[i].word[3] = v.w;
+            next[i].scale = there ? of_bfloat16(scale[at]) : 0.f;
+            next[i].zero = ZERO ? zero[at] : BITS == 4 ? 8.f : 0.f;
+        }
+    };
+
+    load(warp);
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+        Row row[2 * TILES];
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; i++) row[i] = next[i];
+        load(chunk + WARPS);
+        const int group = chunk * GROUPS + c * GROUPS / 4;
+        u32 b[COLUMNS][2 * STEPS];
+#pragma unroll
+        for (int t = 0; t < COLUMNS; t++) {
+            const long token = min(first_token + 8 * t + r, tokens - 1);
+            const uint4* from = (const uint4*)(x + token * n + (group < blocks ? group : 0) * 64 + 16 * (c % (BITS / 2)));
+#pragma unroll
+            for (int q = 0; q < STEPS / 2; q++) {
+                // at 4 bits the 16 low nibbles are of inputs 0 ... 15, the high ones of 32 ... 47, bytes 0 and 2 a pair
+                const uint4 v = group < blocks ? from[BITS == 4 ? q / 2 * 4 + q % 2 : q] : make_uint4(0, 0, 0, 0);
+#if BITS == 4
+                u32* to = &b[t][8 * (q % 2) + 2 * (q / 2)];  // of two words, for each of which low and high alternate
+                to[0] = __byte_perm(v.x, v.y, 0x5410), to[1] = __byte_perm(v.x, v.y, 0x7632);
+                to[4] = __byte_perm(v.z, v.w, 0x5410), to[5] = __byte_perm(v.z, v.w, 0x7632);
+#else
+                b[t][4 * q] = v.x, b[t][4 * q + 1] = v.y, b[t][4 * q + 2] = v.z, b[t][4 * q + 3] = v.w;
+#endif
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                u32 a[4];
+                weights(row[2 * i], step, a[0], a[2]);
+                weights(row[2 * i + 1], step, a[1], a[3]);
+#pragma unroll
+                for (int t = 0; t < COLUMNS; t++) multiply(total[i][t], a, b[t][2 * step], b[t][2 * step + 1]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int t = 0; t < COLUMNS; t++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sums[warp][8 * t + 2 * c + j % 2][16 * i + r + 8 * (j / 2)] = total[i][t][j];
+    __syncthreads();
+    for (int at = threadIdx.x; at < COLUMNS * 8 * TILES * 16; at += 32 * WARPS) {
+        const int t = at / (TILES * 16), row = first_row + at % (TILES * 16), token = first_token + t;
+        if (token >= tokens || row >= m) continue;
+        float y = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) y += sums[w][t][at % (TILES * 16)];
+        for (int part = 0; part < parts; part++) y += extra[((long)part * tokens + token) * m + row];
+        out[(long)token * m + row] = (unsigned short)both(y, 0.f);
+    }
+}
