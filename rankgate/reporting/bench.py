@@ -157,8 +157,10 @@ def bench(
                 samples[worker.subject.name].append(worker.ask("round"))
         for worker in workers:
             rows[worker.subject.name] |= _summary(samples[worker.subject.name]) | worker.ask("facts")
-            if compares and worker.subject.against is not None and worker.subject.loop != "generate":
+        for worker in sorted(workers, key=_has_quality):
+            if compares and _has_quality(worker):
                 rows[worker.subject.name] |= worker.ask("quality")
+            worker.close()  # quality takes memory, which those before give back
     finally:
         for worker in workers:
             worker.close()
@@ -174,6 +176,11 @@ def bench(
         "torchao": importlib.metadata.version("torchao") if importlib.util.find_spec("torchao") else None,
         "rows": list(rows.values()),
     }
+
+
+def _has_quality(worker: Worker) -> bool:
+    """Whether there is something to compare it with that it is not itself."""
+    return worker.subject.against is not None and worker.subject.loop != "generate"
 
 
 def _summary(samples: list[dict[str, float]]) -> dict[str, Any]:
