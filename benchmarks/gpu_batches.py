@@ -11,20 +11,17 @@ median of three, every method by itself in one process; the file is written afte
 from __future__ import annotations
 
 import functools
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
 
 import torch
 from frame import Columns, Content, Row, card, device_name, in_turn, parser, record, source, start, table
-from gpu import DEVICE, DTYPE, quantized
-from gpu_decode import Make, open_gates, replace
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from gpu import DEVICE, quantized
+from gpu_decode import PROMPT, Make, build, open_gates, per_token, replace
+from transformers import LlamaConfig, PreTrainedModel
 
 from rankgate.conversion.groups import input_groups
-from rankgate.decoding.loop import fast_generate
 
 SHAPE = LlamaConfig(
     intermediate_size=14336, num_key_value_heads=8, vocab_size=128_256, max_position_embeddings=32_768, head_dim=128
@@ -37,7 +34,7 @@ METHODS: dict[str, Make | None] = {
 }
 OPENED = 0.05
 PROMPTS, SEQUENCES = (512, 4096, 16_384), (1, 8, 32)
-PROMPT, FEW, MANY = 64, 4, 68
+FEW, MANY = 4, 68
 
 
 def main() -> None:
@@ -45,27 +42,23 @@ def main() -> None:
     options.add_argument("--budget", type=float, default=1e9, help="seconds after which no measurement is begun")
     arguments = start(options)
     end = time.monotonic() + arguments.budget
-    record(f"gpu_batches/{device_name()}", {"device": card(), "new": [FEW, MANY]}, measured(end), [])
+    record(f"gpu_batches/{device_name()}", {"device": card(), "new": [FEW, MANY]}, measured(end))
 
 
 def measured(end: float) -> Iterator[Row]:
     for method, make in METHODS.items():
         if time.monotonic() < end:
-            model = build(make)
+            model = replaced(make)
             for count in SEQUENCES:
                 if time.monotonic() < end:
                     yield {"method": method, "sequences": count, "ms": step(model, count)}
             for length in PROMPTS:
                 yield {"method": method, "prompt": length, "ms": first_token(model, length)}
             del model
-            gc.collect()
-            torch.cuda.empty_cache()
 
 
-def build(make: Make | None) -> PreTrainedModel:
-    with torch.device(DEVICE):
-        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(SHAPE, dtype=DTYPE).eval())
-    cast(Any, model.generation_config).eos_token_id = None
+def replaced(make: Make | None) -> PreTrainedModel:
+    model = build(SHAPE)
     if make is not None:
         replace(model, input_groups(model), make)
         open_gates(model, OPENED)
@@ -74,15 +67,7 @@ def build(make: Make | None) -> PreTrainedModel:
 
 def step(model: PreTrainedModel, sequences: int) -> float:
     """Milliseconds of one token of each."""
-    ids = torch.randint(5, 250, (sequences, PROMPT), device=DEVICE)
-
-    def write(new: int) -> None:
-        fast_generate(
-            model, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
-        )
-
-    few, many = in_turn({str(new): functools.partial(write, new) for new in (FEW, MANY)}, 3, DEVICE).values()
-    return 1e3 * statistics.median(m - f for m, f in zip(many, few, strict=True)) / (MANY - FEW)
+    return per_token(model, torch.randint(5, 250, (sequences, PROMPT), device=DEVICE), "engine", FEW, MANY)
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ import torch
 from frame import Columns, Content, Row, shown, timed
 from gpu import DEVICE, DTYPE, K, copy_ceiling, gated, quantized, svd_rank
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel
 
 from rankgate.conversion.calibration import calibrate
 from rankgate.conversion.convert import convert_
@@ -122,7 +122,7 @@ def until(end: float, measured: Iterator[Row]) -> Iterator[Row]:
 
 
 def random_model(name: str, fire: float) -> Iterator[Row]:
-    model = build(name)
+    model = build(MODELS[name])
     groups = input_groups(model)
     for loop in ("generate", "engine"):
         yield {"method": "dense", "loop": loop, "fire": 0.0, **figures(model, prompt(), loop)}
@@ -134,11 +134,11 @@ def random_model(name: str, fire: float) -> Iterator[Row]:
             yield {"method": "torchao int4", "loop": loop, "fire": 0.0, **attempt(torchao, name, loop)}
 
 
-def build(name: str) -> PreTrainedModel:
+def build(config: PreTrainedConfig) -> PreTrainedModel:
     gc.collect()  # the model before, whose memory is needed
     torch.cuda.empty_cache()
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(MODELS[name], dtype=DTYPE).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
     model.generation_config.eos_token_id = None
     return cast(PreTrainedModel, model)
 
@@ -152,7 +152,7 @@ def attempt(measure: Callable[..., Row], *arguments: Any) -> Row:
 
 
 def replaced(name: str, groups: list[tuple[str, ...]], make: Make, fire: float) -> Row:
-    model = build(name)
+    model = build(MODELS[name])
     replace(model, groups, make)
     open_gates(model, fire)
     return figures(model, prompt(), "engine")
@@ -200,7 +200,7 @@ def torchao(name: str, loop: str) -> Row:
     """4 bits in groups of 64 in the layout of torch's own kernel."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    model = build(name)
+    model = build(MODELS[name])
     chosen = set(linears(model).values())
     config = Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
     quantize_(model, config, filter_fn=lambda module, _: module in chosen)
@@ -242,11 +242,11 @@ def replay(graph: torch.cuda.CUDAGraph, times: int = 50) -> float:
     return timed(lambda: [graph.replay() for _ in range(times)], DEVICE)[1] / times
 
 
-def per_token(model: PreTrainedModel, ids: Tensor, loop: str) -> float:
+def per_token(model: PreTrainedModel, ids: Tensor, loop: str, few: int = FEW, many: int = MANY) -> float:
     """Milliseconds."""
-    calls = {str(new): functools.partial(generate, model, ids, new, loop) for new in (FEW, MANY)}
-    few, many = frame.in_turn(calls, 3, DEVICE).values()
-    return 1e3 * statistics.median(m - f for m, f in zip(many, few, strict=True)) / (MANY - FEW)
+    calls = {str(new): functools.partial(generate, model, ids, new, loop) for new in (few, many)}
+    short, long = frame.in_turn(calls, 3, DEVICE).values()
+    return 1e3 * statistics.median(b - a for a, b in zip(short, long, strict=True)) / (many - few)
 
 
 def prompt() -> Tensor:

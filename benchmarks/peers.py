@@ -135,9 +135,13 @@ def overview() -> str:
     return table([r for r in rows if r["loop"] == "decode" and "float32" not in r["name"]], OVERVIEW)
 
 
+def files_of(content: Any) -> list[Row]:
+    return [r for r in content["results"] if r["loop"] == "llama.cpp"]
+
+
 def ours(content: Any) -> list[Row]:
     """The rows that are not llama.cpp's, each with the file to compare it with."""
-    files = [r for r in content["results"] if r["loop"] == "llama.cpp"]
+    files = files_of(content)
     return [{**r, "match": matches(r, files)} for r in content["results"] if r["loop"] != "llama.cpp"]
 
 
@@ -155,9 +159,8 @@ OVERVIEW: Columns = {
 def section() -> str:
     parts = []
     for content in of_devices("peers"):
-        files = [r for r in content["results"] if r["loop"] == "llama.cpp"]
         title = f"### {content['settings']['model']}\n\n{source(content)}"
-        parts.append(f"{title}\n\n{table(ours(content), COLUMNS)}\n{of_files(files)}")
+        parts.append(f"{title}\n\n{table(ours(content), COLUMNS)}\n{of_files(files_of(content))}")
     body = "\n".join(parts)
     return f"""## Beside llama.cpp (CPU)
 

@@ -79,6 +79,16 @@ class GrowingLayer(CountedLayer):
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
+def _buffers(layers: list[GrowingLayer]) -> list[Tensor]:
+    """Keys and values, alternating."""
+    return [buffer for layer in layers for buffer in (layer.keys, layer.values) if buffer is not None]
+
+
+def _shift(layers: list[GrowingLayer], counts: list[int]) -> None:
+    for layer in layers:
+        layer.shift(counts)
+
+
 _explained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _captures: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[Shape, Capture | None]]] = weakref.WeakKeyDictionary()
 
@@ -243,10 +253,8 @@ class Steps:
         end = self.length - count + ids.shape[1]
         if end > self.capacity or ids.shape not in self.steps:
             buffers = self._reserved(end)
-            if any(self.filling):
-                for layer in self.layers:
-                    layer.shift(self.filling)
-                self.filling = [0] * len(ids)
+            _shift(self.layers, self.filling)
+            self.filling = [0] * len(ids)
             self.steps[ids.shape] = capture.bind(buffers, self.threads)
             if not self.position.is_cuda:  # our threads and torch's, which wait by spinning, would share the cores
                 torch.set_num_threads(1)
@@ -258,8 +266,7 @@ class Steps:
             for layer in self.layers:
                 layer.reserve(length)
             self.steps.clear()
-        pairs = [(layer.keys, layer.values) for layer in self.layers]
-        buffers = [buffer for pair in pairs for buffer in pair if buffer is not None]
+        buffers = _buffers(self.layers)
         self.capacity = buffers[0].shape[2]
         return buffers
 
@@ -267,15 +274,14 @@ class Steps:
         """A capture that gave the expected logits for tokens that are in the cache already; None if there is none."""
         start, count = time.perf_counter(), len(expected)
         try:
-            self._reserved(self.length - count + ids.shape[1])
-            copies = [copy.deepcopy(layer) for layer in self.layers]
-            for layer in copies:
-                layer.shift(self.filling)
-            buffers = [buffer for layer in copies for buffer in (layer.keys, layer.values) if buffer is not None]
+            self._reserved(self.length - count // len(ids) + ids.shape[1])
+            copies = copy.deepcopy(self.layers)
+            _shift(copies, self.filling)
+            buffers = _buffers(copies)
             shapes = [buffer.shape for buffer in buffers]
             options = {"position_ids": self.inputs.get("position_ids"), **self._options(ids.shape[1])}
             capture = Capture(self.model, options, shapes, ids.shape[1])
-            got = capture(ids, positions, buffers)[: len(expected)]
+            got = capture(ids, positions, buffers)[:count]
             error = (got - expected).abs().max() / expected.abs().max()
             if not error <= TOLERANCE.get(expected.dtype, HALF_TOLERANCE):
                 raise Uncapturable(f"the captured step is off by {float(error):.1e}")

@@ -79,6 +79,14 @@ def of_torch(quantized: QuantizedGroup, x: Tensor) -> Tensor:
     return y if quantized.refinement is None else y + quantized.refinement(x)
 
 
+def check_against_torch(y: Tensor, quantized: QuantizedGroup, x: Tensor) -> None:
+    """At most twice as far from the oracle."""
+    exact = quantized.reference(x.double())
+    allowed = 2 * (of_torch(quantized, x) - exact).norm() + torch.finfo(x.dtype).eps * exact.norm()
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    assert (y - exact).norm() <= allowed
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA C++ needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", MANY, ids=str)
@@ -86,11 +94,7 @@ def test_several_tokens_are_as_exact_as_torch(case: tuple[int, int, int, bool, i
     m, n, bits, zero, rank, opened, tokens = case
     quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened).to(DEVICE)
     x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
-    exact = quantized.reference(x.double())
-    allowed = 2 * (of_torch(quantized, x) - exact).norm() + torch.finfo(dtype).eps * exact.norm()
-    y = linear_gpu.linear(x, quantized.parts)
-    assert y.dtype == dtype and y.shape == exact.shape
-    assert (y - exact).norm() <= allowed
+    check_against_torch(linear_gpu.linear(x, quantized.parts), quantized, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -102,10 +106,7 @@ def test_a_prompt_finds_every_channel_open(case: tuple[int, int, int, bool, int,
     y = linear_gpu.linear(x, quantized.parts)
     if quantized.refinement is not None:
         quantized.refinement.gate.threshold.fill_(-1)
-    exact = quantized.reference(x.double())
-    allowed = 2 * (of_torch(quantized, x) - exact).norm() + torch.finfo(dtype).eps * exact.norm()
-    assert y.dtype == dtype
-    assert (y - exact).norm() <= allowed
+    check_against_torch(y, quantized, x)
 
 
 def test_an_input_that_begins_anywhere():

@@ -8,6 +8,7 @@ weighted values; a last row of one chunk puts the parts together. Accumulation i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,12 @@ def _remember(new: int, cache: int, row: int, at: int) -> None:
         target[i] = source[i]
 
 
+@jit(inline="always")
+def _in_order(bits: int) -> Any:
+    """The bits of a float32 as a whole number in the order of such, and back: a largest one is found in vectors."""
+    return bits ^ ((bits >> np.int32(31)) & MAGNITUDE)
+
+
 @jit
 def _weigh(scores: int, count: int, scale: float, found: int, value_width: int) -> None:
     """Turn scores into weights relative to the largest one so far, and what has been found with them."""
@@ -51,9 +58,8 @@ def _weigh(scores: int, count: int, scale: float, found: int, value_width: int) 
     for t in range(count):
         values[t] *= scale
     for t in range(count):
-        bits = read_int32(scores, 4 * t)
-        largest = max(largest, bits ^ ((bits >> np.int32(31)) & MAGNITUDE))  # as whole numbers, in the order of floats
-    top = max(part[0], as_float(largest ^ ((largest >> np.int32(31)) & MAGNITUDE)))
+        largest = max(largest, _in_order(read_int32(scores, 4 * t)))
+    top = max(part[0], as_float(_in_order(largest)))
     shrink = exp(part[0] - top)
     for t in range(count):
         values[t] = exp(values[t] - top)

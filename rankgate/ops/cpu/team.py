@@ -157,14 +157,6 @@ def _open(control: int, row: int, end: int) -> bool:
     return row < end
 
 
-@Kernel
-def _join(control: int, _: int) -> None:
-    """Take part until the program is through."""
-    fetched = 0
-    while not load(control + FINISHED):
-        fetched = 0 if _take(control) else _fetch(control, 0, fetched)
-
-
 @jit
 def _lead(control: int) -> int:
     """Take part until the program is through; the longest time that the leader waited, in pauses."""
@@ -177,6 +169,12 @@ def _lead(control: int) -> int:
             waited += 1
             longest = max(longest, waited)
     return longest
+
+
+@Kernel
+def _join(control: int, _: int) -> None:
+    """The same, for a thread of somebody else's."""
+    _lead(control)
 
 
 @jit

@@ -59,7 +59,7 @@ def multiply(x: Tensor, parts: list[Any]) -> Tensor:
     (m, blocks), tokens, block = scale.shape, len(x), shape(len(x), len(scale))
     bits, half = 4 if codes.dtype == torch.uint8 else 8, x.dtype == torch.float16
     values = {**block, "BITS": bits, "ZERO": int(zero is not None), "HALF": int(half)}
-    extra = None if all(part is None for part in added) else refined.added(x, m, *added)
+    extra = refined.added(x, m, *added)
     whole, y = padded(x), x.new_empty((tokens, m))
     with torch.cuda.device(x.device):
         _compiled(x.device.index, **values)(

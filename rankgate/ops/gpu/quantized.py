@@ -163,7 +163,7 @@ def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: T
     """y (tokens, m) from at most 8 tokens x (tokens, n) and the tensors of `QuantizedGroup.parts`."""
     (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
     whole, y = padded(x), x.new_empty((tokens, m))
-    extra = None if all(part is None for part in added) else refined.added(x, m, *added)
+    extra = refined.added(x, m, *added)
     overlap = overlaps(x.device)
     _multiply[lambda config: (triton.cdiv(m, config["ROWS"]),)](
         *(whole, y, codes, scale, zero, extra, tokens, m, blocks, ONE),

@@ -221,11 +221,13 @@ def added(
     row: Tensor | None,
     column: Tensor | None,
     threshold: Tensor | None,
-) -> Tensor:
+) -> Tensor | None:
     """A z + E x (parts, tokens, m) float32, to be summed over the parts, from at most 8 tokens x (tokens, n).
 
-    Low rank (A, B, factor) or refinement (plane, row, column, threshold) may be all None.
+    Low rank (A, B, factor) or refinement (plane, row, column, threshold) may be all None; without either, None.
     """
+    if B is None and plane is None:
+        return None
     x = x.contiguous()
     (tokens, n), rank = x.shape, 0 if B is None else len(B)
     chunks = triton.cdiv(n, CHUNK) if rank else 0

@@ -50,28 +50,20 @@ _ASSEMBLED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def nibbles(q, zero, scale):
+def _nibbles(q, zero, scale):
     """(low − zero) scale and (high − zero) scale, in the dtype of `scale`, of bytes q; all are of one shape."""
     dtype: tl.constexpr = scale.dtype
-    if _ASSEMBLED:
-        if dtype == tl.bfloat16:
-            low, high = tl.inline_asm_elementwise(
-                _BFLOAT16,
-                "=&r,=&r,=&r,=&r,r,r,r,r,r",
-                [q, (-128.0 - zero).to(dtype), scale],
-                dtype=(tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            low, high = tl.inline_asm_elementwise(
-                _FLOAT16,
-                "=&r,=&r,=&r,=&r,r,r,r,r,r",
-                [q, (-1024.0 - zero).to(dtype), scale],
-                dtype=(tl.float16, tl.float16),
-                is_pure=True,
-                pack=4,
-            )
+    if _ASSEMBLED and dtype != tl.float32:
+        wide: tl.constexpr = dtype == tl.bfloat16
+        low, high = tl.inline_asm_elementwise(
+            _BFLOAT16 if wide else _FLOAT16,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [q, ((-128.0 if wide else -1024.0) - zero).to(dtype), scale],
+            dtype=(tl.uint16, tl.uint16),
+            is_pure=True,
+            pack=4,
+        )
+        low, high = low.to(dtype, bitcast=True), high.to(dtype, bitcast=True)
     else:
         low = (((q & 15).to(tl.float32) - zero) * scale.to(tl.float32)).to(dtype)
         high = (((q >> 4).to(tl.float32) - zero) * scale.to(tl.float32)).to(dtype)
@@ -98,10 +90,7 @@ def _unpack(
     place, inside = row * n + block * 64 + i, start + row < m
     if BITS == 4:
         shape: tl.constexpr = (ROWS, GROUPS, WIDTH)
-        if dtype == tl.float32:
-            low, high = ((q & 15).to(dtype) - z) * s.to(dtype), ((q >> 4).to(dtype) - z) * s.to(dtype)
-        else:
-            low, high = nibbles(q, tl.broadcast_to(z, shape), tl.broadcast_to(s.to(dtype), shape))
+        low, high = _nibbles(q, tl.broadcast_to(z, shape), tl.broadcast_to(s.to(dtype), shape))
         tl.store(W + place, low, mask=inside & (block * 64 + i < n))
         tl.store(W + place + 32, high, mask=inside & (block * 64 + 32 + i < n))
     else:
