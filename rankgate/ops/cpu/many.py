@@ -5,8 +5,9 @@
 Two rows of a program (`team`). `prepare` turns some tokens at a time into integers: x in blocks of 64, z = s B x, and
 x_j column_j of the channels whose gate is open, one behind the other. `multiply` unpacks 64 rows of Q into a buffer
 that stays in cache and multiplies it with some dozens of tokens: nothing of the size of the matrix is ever written.
-A z is one more block of inputs, whose weights are A. Of the refinement every token reads the columns that it opens, and
-no others, four at a time; but where most gates of a tile are open, v is one more x and the plane one more Q.
+Meanwhile it asks for the next 64 rows, which the processor does not guess. A z is one more block of inputs, whose
+weights are A. Of the refinement every token reads the columns that it opens, and no others, four at a time; but where
+most gates of a tile are open, v is one more x and the plane one more Q.
 
 All three are rounded to 14 bits: x to half a step of max|x| / 8191 in each block of 64 inputs, z of 64 components, open
 channels of 64 of them. So row i is off by at most
@@ -32,6 +33,7 @@ from torch import Tensor
 from rankgate.ops.cpu import team
 from rankgate.ops.cpu.compile import Kernel, jit
 from rankgate.ops.cpu.quantized import (
+    BITS,
     CODES,
     COLUMN,
     COMPONENT,
@@ -47,6 +49,7 @@ from rankgate.ops.cpu.quantized import (
     gemv,
 )
 from rankgate.ops.cpu.strips import (
+    ASKED,
     TABLE,
     blocks_of,
     floats,
@@ -80,8 +83,9 @@ from rankgate.quantized import linear as definition
 from rankgate.quantized import table_of
 
 # Words of the arguments: the table, x and y, float32, and how many tokens; what `prepare` hands to `multiply`: x, z and
-# v, each as digits, scales and sums, the channels of v and how many; tokens of a chunk of `prepare` and of `multiply`.
-_, X, Y, TOKENS, X_DIGITS, Z_DIGITS, V_DIGITS, CHANNELS, OPEN, PREPARED, TOGETHER = range(11)
+# v, each as digits, scales and sums, the channels of v and how many; tokens of a chunk of `prepare` and of `multiply`,
+# and strips of the latter.
+_, X, Y, TOKENS, X_DIGITS, Z_DIGITS, V_DIGITS, CHANNELS, OPEN, PREPARED, TOGETHER, STRIPS = range(12)
 MANY = 0.4  # share of open channels from which on it is faster to read all columns for a tile
 MOST_TOKENS = 4096  # at once, which bounds the memory
 SLOT = DIGITS + 8  # bytes of a block of one token: digits, and elsewhere its scale and sum
@@ -114,23 +118,33 @@ def _round(source: int, digits: int, slots: int, at: int) -> None:
 
 @jit
 def _tile(
-    tokens: int, w: int, scale: int, zero: int, digits: int, slots: int, at: int, blocks: int, steps: int, sums: int
+    tokens: int,
+    w: int,
+    scale: int,
+    zero: int,
+    digits: int,
+    slots: int,
+    at: int,
+    blocks: int,
+    steps: int,
+    sums: int,
+    ahead: int,
 ) -> None:
     """What `tiles` add for the tile whose first block is `at`."""
     x_scale = digits + DIGITS * slots + 4 * at
     x, x_sum = digits + DIGITS * at, x_scale + 4 * slots
     if tokens == 1:
-        tile_1(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums)
+        tile_1(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
     elif tokens == 2:
-        tile_2(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums)
+        tile_2(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
     elif tokens == 3:
-        tile_3(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums)
+        tile_3(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
     elif tokens == 4:
-        tile_4(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums)
+        tile_4(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
     elif tokens == 5:
-        tile_5(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums)
+        tile_5(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
     else:
-        tile_6(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums)
+        tile_6(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
 
 
 @Kernel
@@ -176,7 +190,8 @@ def _project(arguments: int, start: int, stop: int) -> None:
             padded[i, :n] = carray(byte_pointer(factor + (c * GROUP + i) * n), n)
         scale[:, :count] = floats(component + 4 * c * GROUP, count)
         for i in range(0, count, 16):
-            unpack_bytes(_address(padded) + i * stride, stride, count - 1 - i, blocks, _address(w) + STEP * i)
+            rows = _address(padded) + i * stride
+            unpack_bytes(rows, stride, count - 1 - i, blocks, _address(w) + STEP * i, rows)
         for tile in range(start, stop):
             z[:] = 0
             at = tile * blocks * TILE
@@ -184,7 +199,7 @@ def _project(arguments: int, start: int, stop: int) -> None:
             for i in range(0, count, LANES):
                 rows, scales, sums = _address(w) + STEP * i, _address(scale) + 4 * i, _address(z) + 4 * i
                 x_sum = x_scale + 4 * of_x
-                narrow_tile(rows, scales, 0, x + DIGITS * at, x_scale, x_sum, blocks, GROUP // STEP, sums)
+                narrow_tile(rows, scales, 0, x + DIGITS * at, x_scale, x_sum, blocks, GROUP // STEP, sums, rows)
             z[:, count:] = 0
             for t in range(TILE):
                 at = (tile * z_blocks + c) * TILE + t
@@ -241,11 +256,21 @@ def _open_channels(arguments: int, start: int, stop: int) -> None:
 
 @Kernel
 def multiply(arguments: int, chunk: int) -> None:
+    """Some strips of y for some tokens."""
+    strips, count = blocks_of(arguments, M), read_int64(arguments, 8 * STRIPS)
+    parts = (strips + count - 1) // count
+    start, begin = chunk % parts * count, chunk // parts * read_int64(arguments, 8 * TOGETHER)
+    for strip in range(start, min(start + count, strips)):
+        _strip(arguments, strip * GROUP, begin)
+
+
+@jit
+def _strip(arguments: int, first: int, begin: int) -> None:
     """64 rows of y for some tokens."""
     m, rank, plane = of_table(arguments, M), of_table(arguments, RANK), of_table(arguments, PLANE)
     tokens, together = read_int64(arguments, 8 * TOKENS), read_int64(arguments, 8 * TOGETHER)
-    blocks, z_blocks, strips = blocks_of(arguments, N), blocks_of(arguments, RANK), blocks_of(arguments, M)
-    first, begin, slots = chunk % strips * GROUP, chunk // strips * together, _slots(arguments)
+    blocks, z_blocks = blocks_of(arguments, N), blocks_of(arguments, RANK)
+    slots = _slots(arguments)
     count, of_block = min(GROUP, m - first), 4 * GROUP
     one_block = GROUP * GROUP + of_block  # weights, and their scales
     room = np.empty((2 * blocks + z_blocks) * one_block + (blocks + TILE + 1) * of_block + 64, np.uint8)
@@ -260,13 +285,14 @@ def multiply(arguments: int, chunk: int) -> None:
     unpack(arguments, first, w, scale, zero)
     if not of_table(arguments, ZERO):
         zero = 0
-    z_steps = (min(rank, GROUP) + STEP - 1) // STEP
+    steps, z_steps = GROUP // STEP, (min(rank, GROUP) + STEP - 1) // STEP
     if rank:
         unpack_factor(arguments, first, a)
         floats(one, z_blocks * GROUP)[:] = 1
     if plane:
         row_factors(arguments, first, row)
     unpacked = False
+    ahead = of_table(arguments, CODES) + (first + GROUP + ASKED) * blocks * GROUP * of_table(arguments, BITS) // 8
     x, z = read_int64(arguments, 8 * X_DIGITS), read_int64(arguments, 8 * Z_DIGITS)
     v = read_int64(arguments, 8 * V_DIGITS)
     y, opened = read_int64(arguments, 8 * Y) + 4 * first, read_int64(arguments, 8 * OPEN)
@@ -279,11 +305,12 @@ def multiply(arguments: int, chunk: int) -> None:
         floats(sums, TILE * GROUP)[:] = 0
         for i in range(0, 4 * GROUP, 4 * ROWS):
             z_i = zero + i if zero else 0
-            _tile(width, w + i, scale + i, z_i, x, slots * blocks, t * blocks, blocks, GROUP // STEP, sums + i)
+            asked = ahead if t == begin else w
+            _tile(width, w + i, scale + i, z_i, x, slots * blocks, t * blocks, blocks, steps, sums + i, asked)
             if rank:
-                _tile(width, a + i, one + i, 0, z, slots * z_blocks, t * z_blocks, z_blocks, z_steps, sums + i)
+                _tile(width, a + i, one + i, 0, z, slots * z_blocks, t * z_blocks, z_blocks, z_steps, sums + i, a)
             if dense:
-                _tile(width, e + i, row + i, 0, v, slots * blocks, t * blocks, blocks, GROUP // STEP, sums + i)
+                _tile(width, e + i, row + i, 0, v, slots * blocks, t * blocks, blocks, steps, sums + i, e)
         for u in range(width):
             if plane and not dense:
                 _refine(arguments, first, t + u, row, sums + of_block * u)
@@ -321,10 +348,11 @@ class Products:
         together = 32 * TILE
         while strips * -(-tokens // together) > team.MOST_CHUNKS:
             together *= 2
-        self.arguments = np.array([table, 0, 0, tokens, *starts, prepared, together], np.int64)
+        each = max(1, strips // (4 * team.size()))
+        self.arguments = np.array([table, 0, 0, tokens, *starts, prepared, together, each], np.int64)
         self.rows = [
             team.row(prepare, self.arguments, -(-tokens // prepared)),
-            team.row(multiply, self.arguments, strips * -(-tokens // together)),
+            team.row(multiply, self.arguments, -(-strips // each) * -(-tokens // together)),
         ]
 
 

@@ -11,6 +11,8 @@ from rankgate.ops.cpu.compile import jit
 from rankgate.ops.cpu.quantized import BITS, CODES, RANK, ROW, SCALE, ZERO, A, M, N, columns_of
 from rankgate.ops.cpu.tiles import GROUP, STEP, unpack_bytes, unpack_columns, unpack_nibbles
 from rankgate.ops.cpu.vector import (
+    LINE,
+    ask,
     float_pointer,
     read_bfloat16,
     read_int8,
@@ -21,6 +23,7 @@ from rankgate.ops.cpu.vector import (
 )
 
 TABLE = 0  # word of the arguments of kernels
+ASKED = GROUP // 2  # rows of the next strip that are asked for while this one is unpacked, not multiplied
 
 
 @jit
@@ -41,16 +44,23 @@ def blocks_of(arguments: int, word: int) -> int:
 
 @jit
 def unpack(arguments: int, first: int, w: int, scale: int, zero: int) -> None:
-    """64 rows of Q from `first` on, the last one again behind the end: 16 nibbles or bytes + 128, and s and z to it."""
+    """64 rows of Q from `first` on, the last one again behind the end: 16 nibbles or bytes + 128, and s and z to it.
+
+    Of the 64 rows after them the first `ASKED` are asked for, and their scales.
+    """
     m, bits, blocks = of_table(arguments, M), of_table(arguments, BITS), blocks_of(arguments, N)
     codes, scales, zeros = of_table(arguments, CODES), of_table(arguments, SCALE), of_table(arguments, ZERO)
     stride = blocks * GROUP * bits // 8
     for i in range(0, GROUP, 16):
         row = min(first + i, m - 1)
+        start, last, out = codes + row * stride, m - 1 - row, w + STEP * i
+        ahead = codes + (first + GROUP + i) * stride if i < ASKED else start
         if bits == 4:
-            unpack_nibbles(codes + row * stride, stride, m - 1 - row, blocks, w + STEP * i)
+            unpack_nibbles(start, stride, last, blocks, out, ahead)
         else:
-            unpack_bytes(codes + row * stride, stride, m - 1 - row, blocks, w + STEP * i)
+            unpack_bytes(start, stride, last, blocks, out, ahead)
+    for offset in range(0, 2 * GROUP * blocks, LINE):
+        ask(scales + 2 * (first + GROUP) * blocks + offset)
     unit, middle = (np.float32(1 / 16), 8) if bits == 4 else (np.float32(1), 0)
     for i in range(GROUP):
         row = min(first + i, m - 1) * blocks

@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rankgate.ops.cpu.vector import FEATURES
+from rankgate.ops.cpu.vector import FEATURES, LINE, prefetch
 
 GROUP = 64  # inputs with one scale; rows of a strip
 STEP = 4  # inputs that a lane takes at once
@@ -121,11 +121,14 @@ def _unpack(bits: int) -> Any:
     sixteen = _vector(INT, 16)
 
     @intrinsic
-    def unpack(_: Any, codes: Any, stride: Any, last: Any, blocks: Any, out: Any) -> Any:
-        """16 rows as steps of unsigned bytes, see above. Row i begins at codes + stride · min(i, last)."""
+    def unpack(_: Any, codes: Any, stride: Any, last: Any, blocks: Any, out: Any, ahead: Any) -> Any:
+        """16 rows as steps of unsigned bytes, see above. Row i begins at codes + stride · min(i, last).
+
+        As many bytes as 16 rows have are asked for at `ahead`.
+        """
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            codes, stride, last, blocks, out = arguments
+            codes, stride, last, blocks, out, ahead = arguments
             rows = []
             for i in range(16):
                 row = builder.select(builder.icmp_signed("<", LONG(i), last), LONG(i), last)
@@ -135,6 +138,9 @@ def _unpack(bits: int) -> Any:
                     _times(builder, loop.index, width),
                     builder.add(out, _times(builder, loop.index, BLOCK_BYTES)),
                 )
+                asked = builder.add(ahead, _times(builder, offset, 16))
+                for line in range(0, 16 * width, LINE):
+                    prefetch(builder, builder.add(asked, LONG(line)))
                 if bits == 8:
                     parts = [_load(builder, builder.add(row, offset), 0, sixteen) for row in rows]
                     for _ in range(4):
@@ -153,7 +159,7 @@ def _unpack(bits: int) -> Any:
                     _store(builder, step, to, STEP * GROUP * s)
             return context.get_dummy_value()
 
-        return types.void(codes, stride, last, blocks, out), codegen
+        return types.void(codes, stride, last, blocks, out, ahead), codegen
 
     return unpack
 
@@ -164,20 +170,32 @@ unpack_nibbles, unpack_bytes = _unpack(4), _unpack(8)
 def _tile(vectors: int, tokens: int) -> Any:
     @intrinsic
     def tile(
-        _: Any, w: Any, scale: Any, zero: Any, x: Any, x_scale: Any, x_sum: Any, blocks: Any, steps: Any, sums: Any
+        _: Any,
+        w: Any,
+        scale: Any,
+        zero: Any,
+        x: Any,
+        x_scale: Any,
+        x_sum: Any,
+        blocks: Any,
+        steps: Any,
+        sums: Any,
+        ahead: Any,
     ) -> Any:
         """sums[token][row] += Σ over blocks of s s_x Σ (w − 128 − z) x, for `vectors` · LANES rows and `tokens` tokens.
 
+        Every step of a digit asks for one more cache line from `ahead` on.
         Addresses of the weights, of float32 scales and int32 zeros [block][64 rows] (0: they are zero), of x and its
         scales and int32 sums [block][TILE], of sums [TILE][64]. steps: of each block.
         """
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, scale, zero, x, x_scale, x_sum, blocks, steps, sums = arguments
+            w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead = arguments
             totals = [[cgutils.alloca_once(builder, INTS) for _ in range(vectors)] for _ in range(tokens)]
 
-            def accumulate(builder: Any, w: Any, x: Any, digit: int) -> None:
+            def accumulate(builder: Any, w: Any, x: Any, digit: int, asked: Any) -> None:
                 with cgutils.for_range(builder, steps) as loop:
+                    prefetch(builder, builder.add(asked, _times(builder, loop.index, LINE)))
                     at = builder.add(w, _times(builder, loop.index, STEP * GROUP))
                     weights = [_load(builder, at, 4 * LANES * v, INTS) for v in range(vectors)]
                     from_ = builder.add(x, _times(builder, loop.index, STEP))
@@ -189,6 +207,7 @@ def _tile(vectors: int, tokens: int) -> Any:
 
             with cgutils.for_range(builder, blocks) as loop:
                 g = loop.index
+                asked = builder.add(ahead, _times(builder, g, 2 * LINE * GROUP // STEP))
                 weights = builder.add(w, _times(builder, g, BLOCK_BYTES))
                 values = builder.add(x, _times(builder, g, DIGITS * TILE))
                 rows, of_tokens = _times(builder, g, 4 * GROUP), _times(builder, g, 4 * TILE)
@@ -196,7 +215,7 @@ def _tile(vectors: int, tokens: int) -> Any:
                 for t in range(tokens):
                     for v in range(vectors):
                         builder.store(_splat(builder, builder.neg(x_sums[t])), totals[t][v])
-                accumulate(builder, weights, values, 0)
+                accumulate(builder, weights, values, 0, asked)
                 for row in totals:
                     for total in row:
                         builder.store(builder.shl(builder.load(total), _const(INTS, 7)), total)
@@ -207,7 +226,7 @@ def _tile(vectors: int, tokens: int) -> Any:
                             z = _load(builder, builder.add(zero, rows), 4 * LANES * v, INTS)
                             total = builder.load(totals[t][v])
                             builder.store(builder.sub(total, builder.mul(z, one)), totals[t][v])
-                accumulate(builder, weights, values, 1)
+                accumulate(builder, weights, values, 1, builder.add(asked, LONG(LINE * GROUP // STEP)))
                 scales = [_load(builder, builder.add(scale, rows), 4 * LANES * v, FLOATS) for v in range(vectors)]
                 for t in range(tokens):
                     s = _splat(builder, _load(builder, builder.add(x_scale, of_tokens), 4 * t, FLOAT))
@@ -219,7 +238,7 @@ def _tile(vectors: int, tokens: int) -> Any:
                         _store(builder, builder.fadd(before, product, flags=["contract"]), sums, offset)
             return context.get_dummy_value()
 
-        arguments = w, scale, zero, x, x_scale, x_sum, blocks, steps, sums
+        arguments = w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead
         return types.void(*arguments), codegen
 
     return tile
