@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_kernels.py
 
-One token (a few rows: 4 and 8), bfloat16 activations, random weights that come from memory and not from a cache. Then
+One token, and up to 256 together, bfloat16 activations, random weights that come from memory and not from a cache. Then
 the relative error of every kernel against float64, beside that of torch's products in the same dtype. The file is
-written after every shape. Three minutes on an H100.
+written after every shape. Four minutes on an H100.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from torch.nn import functional as F
 Calls = Sequence[Callable[[], object]]
 
 SQUARE = ((16384, 4096), (4096, 16384), (28672, 8192))  # of the weight-decomposition and subspace papers' models
-LLAMA = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (960, 576), (3072, 576))  # 7B, SmolLM2-135M
+LLAMA = ((6144, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (960, 576), (3072, 576))  # 7B, SmolLM2-135M
+SEVERAL = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens
+LARGE = 1 << 23  # weights of a matrix that several tokens are measured with
 ODD = ((129, 577), (65, 300), (1000, 4096))
 CLOSED, OPEN = 2.0, 0.0
 OPTIONS: dict[str, Any] = {"int4": {}, "int8": {"bits": 8}, "lrq": {"rank": 16, "opened": 0.1}}  # checked
-OPENED = (0.0, 0.05, 0.2)  # by lrq
+OPENED, USUAL = (0.0, 0.05, 0.2), 0.05  # by lrq
 COLORS = {"dense": "C7", "gsi": "C0", "svd": "C1", "int4": "C2", "int8": "C4", "lrq": "C3", "torch int4": "C5"}
 
 
@@ -49,7 +51,7 @@ def main() -> None:
 def correctness(m: int, n: int) -> Iterator[Row]:
     """Relative error against float64, beside that of torch on the same weights or factors in the same dtype."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for batch in (1, 3, 8):
+        for batch in (1, 3, 17, 64):
             x = noise(batch, n, dtype=dtype)
             case = {"m": m, "n": n, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
             for name, eps in (("gsi, gate closed", CLOSED), ("gsi, gate open", OPEN)):
@@ -79,57 +81,52 @@ def error(y: Tensor, exact: Tensor) -> float:
 
 def subspaces(m: int, n: int) -> Iterator[Row]:
     """Dense, gsi with the gate closed and open, and svd, at one shape."""
-    x = noise(1, n)
-    dense = dense_row(m, x)
-    yield dense
+    dense = dense_rows(m, n, (1, 4, 8, 64) if (m, n) == SQUARE[0] else (1,))
+    yield from dense.values()
     for name, k, eps, fire in (("gsi", K, CLOSED, 0.0), ("gsi", K, OPEN, 1.0), ("svd", svd_rank(m, n), None, 0.0)):
         groups = rotate(functools.partial(gated, m, n, k, eps), 2 * k * (m + n) + fire * 2 * m * n)
-        yield measured(name, groups, x, fire, dense, k)
-        if (m, n) == SQUARE[0]:
-            yield from batches(name, groups, fire, k)
+        for tokens, row in dense.items():
+            yield measured(name, groups, noise(tokens, n), fire, row, k)
         del groups
 
 
 def quantised(m: int, n: int) -> Iterator[Row]:
     """Dense, int8, int4, and lrq without and with a gate, at one shape."""
-    x = noise(1, n)
-    dense = dense_row(m, x)
-    yield dense
+    dense = dense_rows(m, n, SEVERAL if m * n >= LARGE else (1,))
+    yield from dense.values()
     if n % 128 == 0:
-        yield torch_int4(m, x, dense)
+        yield from torch_int4(m, n, dense)
     for name, options in (("int8", {"bits": 8}), ("int4", {}), *(("lrq", {"rank": 16, "opened": s}) for s in OPENED)):
         groups = rotate(functools.partial(quantized, m, n, **options), m * n / 2)
         k, fire = options.get("rank", 0), options.get("opened", 0.0)
-        yield measured(name, groups, x, fire, dense, k)
-        if (m, n) == LLAMA[2]:
-            yield from batches(name, groups, fire, k)
+        for tokens, row in dense.items():
+            if tokens == 1 or fire in (0.0, USUAL):
+                yield measured(name, groups, noise(tokens, n), fire, row, k)
         del groups
 
 
-def batches(name: str, groups: list[Any], fire: float, k: int) -> Iterator[Row]:
-    """The same for several tokens at once."""
-    for batch in (4, 8):
-        x = noise(batch, groups[0].n)
-        yield measured(name, groups, x, fire, dense_row(groups[0].m, x), k)
-
-
-def torch_int4(m: int, x: Tensor, dense: Row) -> Row:
+def torch_int4(m: int, n: int, dense: dict[int, Row]) -> Iterator[Row]:
     """What torchao's int4 calls on a GPU, in groups of 64."""
-    n = x.shape[1]
     pack, multiply = torch.ops.aten._convert_weight_to_int4pack, torch.ops.aten._weight_int4pack_mm
 
     def make() -> tuple[Tensor, Tensor]:
         return pack(torch.randint(0, 256, (m, n // 2), device=DEVICE).to(torch.uint8), 8), noise(n // 64, m, 2)
 
     weights = rotate(make, m * n / 2)
-    calls = [functools.partial(multiply, x, W, 64, scales) for W, scales in weights]
-    return against(dense, row("torch int4", m, x, calls, sum(t.nbytes for t in weights[0])))
+    for tokens, of_dense in dense.items():
+        x = noise(tokens, n)
+        calls = [functools.partial(multiply, x, W, 64, scales) for W, scales in weights]
+        yield against(of_dense, row("torch int4", m, x, calls, sum(t.nbytes for t in weights[0])))
 
 
-def dense_row(m: int, x: Tensor) -> Row:
-    n = x.shape[1]
-    calls = [functools.partial(F.linear, x, W) for W in rotate(lambda: noise(m, n), 2 * m * n)]
-    return row("dense", m, x, calls, 2 * m * n)
+def dense_rows(m: int, n: int, tokens: Sequence[int]) -> dict[int, Row]:
+    """By the number of tokens."""
+    weights = rotate(lambda: noise(m, n), 2 * m * n)
+    rows = {}
+    for count in tokens:
+        x = noise(count, n)
+        rows[count] = row("dense", m, x, [functools.partial(F.linear, x, W) for W in weights], 2 * m * n)
+    return rows
 
 
 def measured(name: str, groups: list[Any], x: Tensor, fire: float, dense: Row, k: int) -> Row:
@@ -159,7 +156,6 @@ KERNELS: Columns = {
     "m × n": lambda r: f"{r['m']} × {r['n']}",
     "k": lambda r: f"{r['k'] or '-'}",
     "open": lambda r: f"{r['fire']:.0%}" if r["method"] == "gsi" or r["fire"] else "-",
-    "batch": lambda r: f"{r['batch']}",
     "µs": lambda r: f"{r['us']:.1f}",
     "MB": lambda r: f"{r['bytes'] / 1e6:.2f}",
     "TB/s": lambda r: f"{bandwidth(r):.2f}",
@@ -181,6 +177,7 @@ def section(content: Content) -> str:
     settings, (result,) = content["settings"], content["results"]
     ceiling = settings["ceiling_tb_s"]
     rows = [{"ceiling": ceiling, "speedup": 1.0, "theory": 1.0, **r} for r in result["times"]]
+    alone = [r for r in rows if r["batch"] == 1]
     return f"""## GPU kernels ({settings["device"]})
 
 One call by itself, {settings["dtype"]} activations, random weights that come from memory: calls on different weights
@@ -189,8 +186,28 @@ bytes of weights that must be read, as stored; *TB/s*: these over the time; *of 
 a copy on the device moves, reads and writes counted. *x F.linear*: the time of cuBLAS in the same run over this one;
 *x by bytes*: bytes of the dense weights over bytes read, and the share of that which is *reached*. {source(content)}
 
-{table(rows, KERNELS)}
+{table(alone, KERNELS)}
+
+Several tokens at once: how many times as fast as cuBLAS with as many.
+
+{several(rows)}
 {accuracy(result["errors"])}"""
+
+
+def several(rows: list[Row]) -> str:
+    """A line for each kernel and shape that was measured so, a column for each number of tokens."""
+    lines: dict[tuple[str, str], Row] = {}
+    for r in rows:
+        lines.setdefault((case(r), f"{r['m']} × {r['n']}"), {})[r["batch"]] = f"{r['speedup']:.2f}"
+    shown = {key: line for key, line in lines.items() if len(line) > 1 and key[0] != "dense"}
+    counts = sorted({tokens for line in shown.values() for tokens in line})
+    columns: Columns = {"method": lambda r: r["case"], "m × n": lambda r: r["shape"]}
+    columns |= {f"{count}": functools.partial(_cell, count) for count in counts}
+    return table([{"case": name, "shape": shape, **line} for (name, shape), line in shown.items()], columns)
+
+
+def _cell(count: int, line: Row) -> str:
+    return str(line.get(count, "-"))
 
 
 def accuracy(errors: list[Row]) -> str:

@@ -17,9 +17,12 @@ from triton.runtime.autotuner import Autotuner
 from rankgate.ops.gpu import attention as attention_gpu
 from rankgate.ops.gpu import fragments as fragments_gpu
 from rankgate.ops.gpu import gated as gated_gpu
+from rankgate.ops.gpu import gathered as gathered_gpu
+from rankgate.ops.gpu import launch as launch_gpu
 from rankgate.ops.gpu import quantized as quantized_gpu
 from rankgate.ops.gpu import refined as refined_gpu
 from rankgate.ops.gpu import rounding as rounding_gpu
+from rankgate.ops.gpu import united as united_gpu
 from rankgate.ops.gpu import unpack as unpack_gpu
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -66,26 +69,28 @@ def nvrtc() -> ctypes.CDLL:
     return ctypes.CDLL(str(second))
 
 
-def build_cuda(library: ctypes.CDLL, **values: int) -> None:
-    """`fragments.cu` for these values of its macros, for Ampere and Hopper."""
+def build_cuda(library: ctypes.CDLL, name: str, **values: int) -> None:
+    """NAME.cu for these values of its macros, for Ampere and Hopper."""
     for architecture in (b"sm_80", b"sm_90"):
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
-        text = fragments_gpu.source(**values).encode()
-        assert library.nvrtcCreateProgram(ctypes.byref(program), text, b"fragments.cu", 0, None, None) == 0
+        text = launch_gpu.source(name, **values, OVERLAP=int(architecture == b"sm_90")).encode()
+        assert library.nvrtcCreateProgram(ctypes.byref(program), text, b"program.cu", 0, None, None) == 0
         options = (ctypes.c_char_p * 1)(b"--gpu-architecture=" + architecture)
         failed = library.nvrtcCompileProgram(program, 1, options)
         library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         library.nvrtcGetProgramLog(program, log)
         assert not failed, log.value.decode()
-    print("fragments", values)
+    print(name, values)
 
 
 def main() -> None:
     library = nvrtc()
     for bits, zero, half, tokens in itertools.product((4, 8), (0, 1), (0, 1), (2, 16, 64)):
-        shape = fragments_gpu.shape(tokens, 4096 if half else 16384)
-        build_cuda(library, **shape, BITS=bits, ZERO=zero, HALF=half)
+        shape = fragments_gpu.shape(tokens, 4096 if half else 16384, bits)
+        build_cuda(library, "fragments", **shape, BITS=bits, ZERO=zero, HALF=half)
+    for tokens, refined, half in itertools.product((2, 16, 64), (0, 1), (0, 1)):
+        build_cuda(library, "united", COLUMNS=united_gpu.columns(tokens), REFINED=refined, HALF=half)
     low = {"B": I8, "factor": F32, "A": I8, "low": F32, "rank": 16}
     lists: dict[str, Any] = {"column": torch.bfloat16, "threshold": torch.bfloat16, "lists": 4}
     lists |= {"channels": I32, "scaled": F32, "counts": I32}
@@ -103,8 +108,15 @@ def main() -> None:
             constants = {"GATED": gated, "CHUNKS": 2, "OVERLAP": True}
             build(gated_gpu._project, {**constants, "ROWS": 2, "CHUNK": 512}, pdl=True, **more)
             more |= {"y": dtype, "W": dtype if gated else None, "limit": 0.1}
-            for batch in (1, 4):
-                build(gated_gpu._combine, {**constants, "BATCH": batch}, pdl=True, **more)
+            build(gated_gpu._combine, constants, pdl=True, **more)
+        sums = {"z": F32, "narrow": dtype, "fire": I8, "k": 130, "limit": 0.1}
+        build(gathered_gpu._gate, {"BLOCK": gathered_gpu.BLOCK}, x=dtype, **sums, **size)
+        for tokens in (16, 128):
+            shape = gathered_gpu.shape(tokens)
+            shape.pop("num_stages")
+            more = {"num_warps": shape.pop("num_warps", 4), "fire": I8}
+            more |= dict.fromkeys(("order", "count"), I64 if shape["LISTED"] else None)
+            build(gathered_gpu._multiply, shape, x=dtype, W=dtype, y=dtype, **more, **size)
         constants = {"WIDTH": 64, "VALUE": 64, "BLOCK": 128, "SPLITS": 8, "OVERLAP": True}
         cache = {"cache": I64, "counters": I64, "position": I64, "parts": F32, "sums": F32}
         numbers = {"heads": 6, "share": 3, "width": 64, "value_width": 64, "scale": 0.1}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rankgate.ops.attention import attend_reference
 from rankgate.ops.gpu import attention as attention_gpu
-from rankgate.ops.gpu import gated as gated_gpu
+from rankgate.ops.gpu import gathered as gathered_gpu
 from rankgate.ops.gpu import linear as linear_gpu
 from rankgate.ops.gpu import quantized as quantized_gpu
 from rankgate.quantized import QuantizedGroup
@@ -159,7 +159,19 @@ def test_attention_along_a_text(heads: tuple[int, int, int, int], dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (70, 63, 5, 3), (40, 130, 130, 1), (65, 300, 270, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (70, 63, 5, 3),
+        (40, 130, 130, 1),
+        (65, 300, 270, 1),
+        (65, 300, 270, 8),
+        (65, 150, 70, 9),
+        (40, 70, 20, 70),
+    ],
+    ids=str,
+)
 def test_subspaces_with_and_without_a_gate(shape: tuple[int, int, int, int], dtype: torch.dtype):
     """Tokens alternate between the subspace and all of the space, far from where the gate could tie."""
     m, n, k, tokens = shape
@@ -176,10 +188,10 @@ def test_subspaces_with_and_without_a_gate(shape: tuple[int, int, int, int], dty
     scale = x.float().norm(dim=1, keepdim=True) * W.float().norm(dim=1)
     limit = 1e-6 * scale * n**0.5 + torch.finfo(dtype).eps * scale * (dtype != torch.float32)
     for eps, expected in cases.items():
-        y = gated_gpu.gemv(x, B, A, W, eps)
+        y = gathered_gpu.linear(x, B, A, W, eps)
         assert y.dtype == dtype
         assert ((y.float() - expected).abs() <= limit).all()
-    y = gated_gpu.gemv(x[None], B, A, None, None)
+    y = gathered_gpu.linear(x[None], B, A, None, None)
     assert ((y[0].float() - low).abs() <= limit).all()
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankgate.core import few
 from rankgate.core import gated as gated_definition
 from rankgate.ops.register import register
 from rankgate.ops.rounding import round_block_reference
@@ -23,16 +22,12 @@ def has_triton(device: torch.device) -> bool:
 
 
 def takes(x: Tensor, *_: Any) -> bool:
-    """Whether the kernels for a few tokens take x (…, n)."""
-    return TRITON and few(x) and x.dtype != torch.float64
+    """Whether the kernels take x (…, n)."""
+    return TRITON and x.dtype != torch.float64
 
 
-register("gated", "CUDA", "rankgate.ops.gpu.gated.gemv", takes=takes, definition=gated_definition)
-register(
-    *("quantized_linear.parts", "CUDA", "rankgate.ops.gpu.linear.linear"),
-    takes=lambda x, *_: TRITON and x.dtype != torch.float64,
-    definition=linear_definition,
-)
+register("gated", "CUDA", "rankgate.ops.gpu.gathered.linear", takes=takes, definition=gated_definition)
+register("quantized_linear.parts", "CUDA", "rankgate.ops.gpu.linear.linear", takes=takes, definition=linear_definition)
 register("attend_at", "CUDA", "rankgate.ops.gpu.attention.attend")
 register(
     *("round_block", "CUDA", "rankgate.ops.gpu.rounding.round_block"),

@@ -4,6 +4,7 @@
 //     COLUMNS       and 8 COLUMNS tokens
 //     BITS, ZERO    of a code; whether groups have zeros of their own
 //     HALF          whether x and out are float16 and not bfloat16
+//     OVERLAP       whether the kernel may begin before the one before it is through
 //
 // A thread loads 16 bytes of codes of the rows that are its own in a fragment of mma.m16n8k16. Which input of x stands
 // where in a fragment does not matter as long as it is the same in both factors: so x is arranged by the order in which
@@ -28,6 +29,8 @@ typedef unsigned int u32;
 #define GROUPS (8 / BITS)     // of 64 inputs in them
 #define STEPS (32 / BITS)     // products of 16 inputs
 #define MINUS_ZERO 0x80008000u
+#define RESULTS ((COLUMNS * 8 * TILES * 16 + 32 * WARPS - 1) / (32 * WARPS))  // of a thread
+#define TOGETHER 4            // parts of `extra`
 
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
     u32 d;
@@ -109,6 +112,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) fragments(
     };
 
     load(warp);
+#if OVERLAP
+    // who computed `extra` has waited for x
+    if (!parts) asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
     for (int chunk = warp; chunk < chunks; chunk += WARPS) {
         Row row[2 * TILES];
 #pragma unroll
@@ -152,13 +160,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) fragments(
 #pragma unroll
             for (int j = 0; j < 4; j++) sums[warp][8 * t + 2 * c + j % 2][16 * i + r + 8 * (j / 2)] = total[i][t][j];
     __syncthreads();
-    for (int at = threadIdx.x; at < COLUMNS * 8 * TILES * 16; at += 32 * WARPS) {
-        const int t = at / (TILES * 16), row = first_row + at % (TILES * 16), token = first_token + t;
-        if (token >= tokens || row >= m) continue;
-        float y = 0;
+    float y[RESULTS] = {};
+    long place[RESULTS];  // of a result in a part and in out, or -1
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) y += sums[w][t][at % (TILES * 16)];
-        for (int part = 0; part < parts; part++) y += extra[((long)part * tokens + token) * m + row];
-        out[(long)token * m + row] = (unsigned short)both(y, 0.f);
+    for (int i = 0; i < RESULTS; i++) {
+        const int at = threadIdx.x + 32 * WARPS * i, t = at / (TILES * 16), own = at % (TILES * 16);
+        const bool there = t < COLUMNS * 8 && first_token + t < tokens && first_row + own < m;
+        place[i] = there ? (long)(first_token + t) * m + first_row + own : -1;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) y[i] += there ? sums[w][t][own] : 0.f;
     }
+#if OVERLAP
+    if (parts) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    for (int part = 0; part < parts; part += TOGETHER) {  // their loads are under way together
+        float e[TOGETHER][RESULTS];
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++)
+#pragma unroll
+            for (int i = 0; i < RESULTS; i++)
+                e[k][i] = part + k < parts && place[i] >= 0 ? extra[(long)(part + k) * tokens * m + place[i]] : 0.f;
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++)
+#pragma unroll
+            for (int i = 0; i < RESULTS; i++) y[i] += e[k][i];
+    }
+#pragma unroll
+    for (int i = 0; i < RESULTS; i++)
+        if (place[i] >= 0) out[place[i]] = (unsigned short)both(y[i], 0.f);
 }

@@ -1,6 +1,6 @@
-"""A gated or ungated subspace on the GPU (Triton), for a few tokens: the contract of `GatedGroup.reference`.
+"""A gated or ungated subspace on the GPU (Triton), for one token: the contract of `GatedGroup.reference`.
 
-    y = A (B x),   or W x for the tokens with ‖x − Bᵀ B x‖ > ε ‖x‖
+    y = A (B x),   or W x if ‖x − Bᵀ B x‖ > ε ‖x‖
 
 Two launches, each of which overlaps with the one before where the hardware can (see `overlap`):
 
@@ -28,38 +28,27 @@ SMALL = 1 << 19  # elements of A, below which a launch takes longer than reading
 
 @triton.jit
 def _project(
-    x,
-    B,
-    parts,
-    norms,
-    tokens,
-    n,
-    k,
-    GATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """parts[chunk, token, row] = B x for some rows of B and one chunk of x; norms[chunk, token] = ‖x‖²."""
+    x, B, parts, norms, n, k,
+    GATED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """parts[chunk, row] = B x for some rows of B and one chunk of x; norms[chunk] = ‖x‖²."""
     block, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     r, j = block * ROWS + tl.arange(0, ROWS), chunk * CHUNK + tl.arange(0, CHUNK)
     b = tl.load(B + r[:, None] * n + j, mask=(r[:, None] < k) & (j < n), other=0.0).to(tl.float32)
     begin(OVERLAP)
-    for token in range(tokens):
-        v = tl.load(x + token * n + j, mask=j < n, other=0.0).to(tl.float32)
-        tl.store(parts + (chunk * tokens + token) * k + r, tl.sum(b * v, 1), mask=r < k)
-        if GATED:
-            if block == 0:
-                tl.store(norms + chunk * tokens + token, tl.sum(v * v, 0))
+    v = tl.load(x + j, mask=j < n, other=0.0).to(tl.float32)
+    tl.store(parts + chunk * k + r, tl.sum(b * v, 1), mask=r < k)
+    if GATED:
+        if block == 0:
+            tl.store(norms + chunk, tl.sum(v * v, 0))
 
 
 @triton.jit
-def _z(parts, token, tokens, c, k, CHUNKS: tl.constexpr):
-    """Columns c of z (BATCH × 1 × RANKS)."""
-    z = tl.load(parts + token * k + c, mask=c < k, other=0.0)
+def _z(parts, c, k, CHUNKS: tl.constexpr):
+    """Columns c of z (1 × RANKS)."""
+    z = tl.load(parts + c, mask=c < k, other=0.0)
     for chunk in tl.static_range(1, CHUNKS):
-        z += tl.load(parts + (chunk * tokens + token) * k + c, mask=c < k, other=0.0)
+        z += tl.load(parts + chunk * k + c, mask=c < k, other=0.0)
     return z
 
 
@@ -71,91 +60,68 @@ def _config(rows: int, ranks: int, warps: int, columns: int = 128, stages: int =
 TALL, WIDE = _config(32, 128, 8, stages=3), _config(8, 256, 4, columns=512)
 
 
-def _fitting(
-    configs: list[triton.Config], named: dict[str, int], *, GATED: bool, BATCH: int, **__: object
-) -> list[triton.Config]:
-    """Those whose sums fit into registers without leaving most of them empty; of a small matrix only the last.
+def _fitting(configs: list[triton.Config], named: dict[str, int], *, GATED: bool, **__: object) -> list[triton.Config]:
+    """Of a small matrix only the last; behind a gate one of two.
 
-    One of them for a token behind a gate: what is best for A must not be chosen at the cost of W, and what it takes on
-    an H100, 7 µs of which most is waiting, is too short to tell them apart.
+    There what is best for A must not be chosen at the cost of W, and what it takes on an H100, 7 µs of which most is
+    waiting, is too short to tell them apart.
     """
     m, n, k = (named[name] for name in "mnk")
-    if GATED and BATCH == 1:
+    if GATED:
         return [TALL if m >= n else WIDE]
     others = [config for config in configs if config not in (TALL, WIDE)]
-    fitting = [config for config in others if 16 <= config.kwargs["ROWS"] * BATCH <= 64]
-    return fitting if m * k >= SMALL else fitting[-1:]
+    return others if m * k >= SMALL else others[-1:]
 
 
 @tuned(
     [
         *(TALL, WIDE),
         # ranks < threads: then z needs no exchange
-        *(_config(*c) for c in ((64, 128, 8), (64, 256, 16), (32, 256, 16), (32, 128, 8), (16, 128, 8), (8, 128, 8))),
+        *(_config(*c) for c in ((64, 128, 8), (64, 256, 16), (32, 256, 16), (32, 128, 8), (16, 128, 8))),
     ],
-    key=["m", "n", "k", "GATED", "BATCH"],
+    key=["m", "n", "k", "GATED"],
     fitting=_fitting,
 )
 @triton.jit
 def _combine(
-    x,
-    y,
-    A,
-    W,
-    parts,
-    norms,
-    tokens,
-    m,
-    n,
-    k,
-    limit,
-    GATED: tl.constexpr,
-    BATCH: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """y for some rows and all tokens; the gate opens where more than `limit` of ‖x‖² is outside the subspace."""
+    x, y, A, W, parts, norms, m, n, k, limit,
+    GATED: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y for some rows; the gate opens where more than `limit` of ‖x‖² is outside the subspace."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
-    token = tl.minimum(tl.arange(0, BATCH), tokens - 1)[:, None, None]
-    c = tl.arange(0, RANKS)[None, None, :]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    c = tl.arange(0, RANKS)[None, :]
     a = tl.load(A + row * k + c, mask=(row < m) & (c < k), other=0.0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    z = _z(parts, token, tokens, c, k, CHUNKS)
+    z = _z(parts, c, k, CHUNKS)
     total, seen = a.to(tl.float32) * z, z * z
     for start in range(RANKS, k, RANKS):
-        c = start + tl.arange(0, RANKS)[None, None, :]
+        c = start + tl.arange(0, RANKS)[None, :]
         a = tl.load(A + row * k + c, mask=(row < m) & (c < k), other=0.0)
-        z = _z(parts, token, tokens, c, k, CHUNKS)
+        z = _z(parts, c, k, CHUNKS)
         total += a.to(tl.float32) * z
         seen += z * z
-    result = tl.sum(total, 2)
+    result = tl.sum(total, 1)
     if GATED:
-        norm = tl.load(norms + token)
+        norm = tl.load(norms)
         for chunk in tl.static_range(1, CHUNKS):
-            norm += tl.load(norms + chunk * tokens + token)
-        norm = tl.sum(norm, 2)  # (BATCH, 1)
-        fire = norm - tl.sum(seen, 2) > limit * norm
-        if tl.max(tl.sum(fire.to(tl.int32), 1), 0) > 0:
-            whole = tl.zeros((BATCH, ROWS, COLUMNS), tl.float32)
+            norm += tl.load(norms + chunk)
+        if norm - tl.sum(seen) > limit * norm:
+            whole = tl.zeros((ROWS, COLUMNS), tl.float32)
             for start in tl.range(0, n, COLUMNS, num_stages=STAGES):
-                j = start + tl.arange(0, COLUMNS)[None, None, :]
+                j = start + tl.arange(0, COLUMNS)[None, :]
                 w = tl.load(W + row * n + j, mask=(row < m) & (j < n), other=0.0)
-                v = tl.load(x + token * n + j, mask=j < n, other=0.0)
-                whole += w.to(tl.float32) * v.to(tl.float32)
-            result = tl.where(fire, tl.sum(whole, 2), result)
-    out, place = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BATCH)[:, None]
-    tl.store(y + place * m + out, result.to(y.dtype.element_ty), mask=(place < tokens) & (out < m))
+                whole += w.to(tl.float32) * tl.load(x + j, mask=j < n, other=0.0).to(tl.float32)
+            result = tl.sum(whole, 1)
+    out = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(y + out, result.to(y.dtype.element_ty), mask=out < m)
 
 
 def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -> Tensor:
-    """y (…, m) in the dtype of x (…, n), at most 8 tokens.
+    """y (…, m) in the dtype of one token x (…, n).
 
     Args:
         x: (…, n).
@@ -165,22 +131,16 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
         eps: ε, or None without a gate.
     """
     x = x.contiguous()
-    (m, k), n, tokens = A.shape, x.shape[-1], x.numel() // x.shape[-1]
+    (m, k), n = A.shape, x.shape[-1]
     chunk = min(CHUNK, triton.next_power_of_2(n))
     chunks, weights = triton.cdiv(n, chunk), CHUNK if n <= CHUNK else 2 * CHUNK
     produced = max(1, weights // chunk)
     overlap = overlaps(x.device)
     y = x.new_empty((*x.shape[:-1], m))
-    parts = x.new_empty(chunks * tokens * k, dtype=torch.float32)
-    norms = x.new_empty(chunks * tokens, dtype=torch.float32)
+    parts = x.new_empty(chunks * k, dtype=torch.float32)
+    norms = x.new_empty(chunks, dtype=torch.float32)
     _project[triton.cdiv(k, produced) * chunks,](
-        x,
-        B,
-        parts,
-        norms,
-        tokens,
-        n,
-        k,
+        *(x, B, parts, norms, n, k),
         GATED=W is not None,
         ROWS=produced,
         CHUNK=chunk,
@@ -190,19 +150,9 @@ def gemv(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) -
         num_warps=weights // 1024,
     )
     _combine[lambda config: (triton.cdiv(m, config["ROWS"]),)](
-        x,
-        y,
-        A,
-        W,
-        parts,
-        norms,
-        tokens,
-        m,
-        n,
-        k,
+        *(x, y, A, W, parts, norms, m, n, k),
         eps * eps if eps else -1.0,  # ε = 0: always, however z was rounded
         GATED=W is not None,
-        BATCH=triton.next_power_of_2(tokens),
         CHUNKS=chunks,
         OVERLAP=overlap,
         launch_pdl=overlap,

@@ -1,0 +1,82 @@
+"""Kernels in CUDA C++: compiled at the first call by NVRTC, which comes with torch, and launched by the driver.
+
+torch launches what it compiles, but not so that a kernel may begin while the one before it ends (`overlap`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankgate.errors import RankgateError
+from rankgate.ops.gpu.overlap import overlaps
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…, whose value is whether
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+def source(program: str, **values: int) -> str:
+    """PROGRAM.cu for these values of its macros."""
+    lines = [f"#define {macro} {value}\n" for macro, value in values.items()]
+    return "".join(lines) + Path(__file__).with_name(f"{program}.cu").read_text(encoding="utf-8")
+
+
+@functools.cache
+def _compiled(device: int, program: str, name: str, **values: int) -> Any:
+    with torch.cuda.device(device):
+        return torch.cuda._compile_kernel(source(program, **values), name)
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def launch(
+    program: str,
+    name: str,
+    values: dict[str, int],
+    grid: tuple[int, int, int],
+    threads: int,
+    arguments: Sequence[Tensor | int],
+    device: torch.device,
+) -> None:
+    """Queue kernel NAME of PROGRAM.cu on the current stream of `device`; OVERLAP is one of its macros.
+
+    Raises RankgateError if the driver refuses.
+    """
+    overlap = overlaps(device)
+    kernel = _compiled(device.index, program, name, **values, OVERLAP=int(overlap))
+    kinds = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments]
+    addresses = (ctypes.c_void_p * len(kinds))(*map(ctypes.addressof, kinds))
+    attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    config = _Config(grid, (threads, 1, 1), 0, stream, ctypes.pointer(attribute), int(overlap))
+    with torch.cuda.device(device):
+        failed = _driver().cuLaunchKernelEx(ctypes.byref(config), kernel.func, addresses, None)
+    if failed:
+        raise RankgateError(f"the CUDA driver refused to launch a kernel (error {failed} of CUresult)")
