@@ -125,15 +125,17 @@ def bench(
     new_tokens: int = 128,
     rounds: int = 5,
     long_prompt: int = LONG_PROMPT,
+    quality: bool = True,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measure `subjects` in turn; returns plain JSON values, one row per subject under "rows".
 
+    quality: whether to measure it, too, where there are files of llama.cpp.
     A subject of torchao that cannot run is a row with an "error"; any other raises RankgateError.
     """
     if prompt_tokens > long_prompt or new_tokens < 3:
         raise RankgateError(f"the bench takes prompts of at most {long_prompt} tokens and at least 3 new ones")
-    compares = any(subject.loop == "llama.cpp" for subject in subjects)
+    compares = quality and any(subject.loop == "llama.cpp" for subject in subjects)
     workers: list[Worker] = []
     rows: dict[str, dict[str, Any]] = {}
     try:

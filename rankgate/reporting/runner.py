@@ -132,8 +132,8 @@ class Runner:
         """How far predictions are from the dense model's."""
         assert self.subject.against is not None
         dense = open_dense(self.subject.against)
-        length = self.long.shape[1]
-        result = evaluate(dense.model, self.model, dense.windows(texts.HELD_OUT, QUALITY_TOKENS, length))
+        windows = dense.windows(texts.HELD_OUT, QUALITY_TOKENS, min(self.long.shape[1], LONG_PROMPT))
+        result = evaluate(dense.model, self.model, windows)
         return {"kl": result.kl_mean, "top1": result.top1}
 
     def _generate(self, ids: torch.Tensor, count: int, clock: Clock) -> None:
