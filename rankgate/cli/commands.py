@@ -196,6 +196,22 @@ def show_plan(plan: Plan) -> None:
     )
 
 
+def export(arguments: argparse.Namespace) -> None:
+    from rankgate.hub.export.exports import export
+
+    say(f"loading {arguments.directory}")
+    written = export(
+        arguments.directory,
+        Path(arguments.output),
+        arguments.format,
+        lora=arguments.lora,
+        template=arguments.template,
+    )
+    for line in written.lines():
+        print(line)
+    finish(arguments, dataclasses.asdict(written))
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     from rankgate.conversion.convert import twin
     from rankgate.hub.checkpoint import is_checkpoint

@@ -94,6 +94,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_calibration(convert)
     add_device(convert)
 
+    export = add_verb(verbs, commands.export, "Write a converted model in the format of another engine.")
+    export.add_argument("directory", metavar="DIR", help="written by convert")
+    export.add_argument("-o", "--output", required=True, metavar="OUT", help="directory, or file of --format gguf")
+    export.add_argument(
+        "--format", required=True, choices=("compressed-tensors", "gguf"), help="vLLM's, or llama.cpp's"
+    )
+    export.add_argument("--lora", action="store_true", help="the low rank as an adapter beside it: OUT-lora")
+    export.add_argument("--template", metavar="FILE", help="GGUF file of the dense model (default: what DIR came from)")
+
     evaluate = add_verb(verbs, commands.evaluate, "Compare a converted model with the dense one on the same tokens.")
     evaluate.add_argument("model", metavar="MODEL_OR_DIR", help="a dense model, or a directory written by convert")
     add_method(evaluate)
