@@ -5,7 +5,7 @@ registers what it does better, below; nobody above chooses between kernels.
 
     operator                device  tokens  kernel
     ----------------------  ------  ------  ------------------------------------------------------------
-    gated                   CUDA    1-8     ops/gpu/gated.py       subspace, gate, residual
+    gated                   CUDA    1-      ops/gpu/gathered.py    gated.py, cuBLAS, what gates open
     quantized_linear        CPU     1-      ops/cpu/many.py        from a table of addresses, eagerly
     quantized_linear.parts  CPU     1-      ops/cpu/many.py        the same in a graph
     quantized_linear.parts  CUDA    1-      ops/gpu/linear.py      quantized.py, fragments.py, unpack.py

@@ -77,11 +77,11 @@ def packed(member: Member) -> dict[str, Tensor]:
     }
     if base.zero is not None:
         if base.bits == 8:
-            raise RankgateError(f"{member.name}: engines have no 8 bits with zeros; convert with --symmetric")
+            raise RankgateError(f"{member.name}: engines have no 8 bits with zeros; convert without --asymmetric")
         if int(base.zero.min()) < 0 or int(base.zero.max()) > 15:
             raise RankgateError(
                 f"{member.name} has a zero outside of its 4-bit codes, which this format cannot hold; "
-                "convert with --symmetric"
+                "convert without --asymmetric"
             )
         tensors["weight_zero_point"] = pack(base.zero.T.contiguous(), 4).T.contiguous()
     return tensors

@@ -82,7 +82,7 @@ def blocks_of(base: QuantizedMatrix, order: Tensor, name: str) -> tuple[np.ndarr
     scale = _of_blocks(base.scale[order].float(), count)
     if base.bits == 8:
         if base.zero is not None:
-            raise RankgateError(f"{name}: GGUF has no 8 bits with zeros; convert with --symmetric")
+            raise RankgateError(f"{name}: GGUF has no 8 bits with zeros; convert without --asymmetric")
         codes = base.codes[order][:, : base.n].unflatten(-1, (count, BLOCK))
         return _bytes(_half(scale), codes.view(torch.uint8)), GGMLQuantizationType.Q8_0
     codes = unpack_nibbles(base.codes[order])[:, : base.n].unflatten(-1, (count, 2, BLOCK // 2))
