@@ -130,8 +130,9 @@ def overview() -> str:
     """The README's table: of every model the converted rows, and the dense one in our loop."""
     rows = []
     for content in of_devices("peers"):
-        model = content["settings"]["model"].removesuffix(".gguf")
-        rows += [{**r, "name": f"{model} {r['name'].removeprefix(f'{model} ')}"} for r in ours(content)]
+        dense = content["settings"]["model"]
+        name = dense.removesuffix(".gguf")
+        rows += [{**r, "name": f"{name} {r['name'].removeprefix(f'{dense} ')}"} for r in ours(content)]
     return table([r for r in rows if r["loop"] == "decode" and "float32" not in r["name"]], OVERVIEW)
 
 
