@@ -2,9 +2,9 @@
 
     python benchmarks/peers.py Q4_0.gguf Q8_0.gguf BF16.gguf [--model smollm2-135m]
 
-Files of the same model, by llama-quantize; llama-cpp-python must be installed. Converted with the default calibration.
-Decoding, prompts of 512 and of 2,048 tokens, eight sequences at once, and what a busy core costs; about 15 minutes on
-two cores that do nothing else.
+Files of the same model, by llama-quantize without an importance matrix; llama-cpp-python must be installed. Converted
+with the default calibration. Decoding, prompts of 512 and of 2,048 tokens, eight sequences at once, and what a busy core
+costs; about 15 minutes on two cores that do nothing else, twice that for a large vocabulary.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from frame import Columns, Row, in_turn, of_devices, parser, source, start, table, write
+from frame import Columns, Content, Row, in_turn, of_devices, parser, source, start, table, write
+from matplotlib.figure import Figure
 
 from rankgate.common.files import atomic_path
 from rankgate.conversion.convert import convert_, twin
@@ -168,7 +170,9 @@ def section() -> str:
 Tokens per second as multiples of llama.cpp's on the same machine, in turn, with its file of about as many bits; the two
 `generate()` rows are transformers' own loop. `8 at once`: tokens per second of eight sequences over those of one, both
 in our loop. `beside a busy core`: seconds of a token over those without. KL and top-1 from the dense model on 2,048
-held-out tokens.
+held-out tokens. Its files are by llama-quantize, without an importance matrix.
+
+![divergence from the dense model against speed, beside llama.cpp](peers.png)
 
 {body}"""
 
@@ -185,6 +189,25 @@ def of_files(files: list[Row]) -> str:
         "top-1": lambda r: number(r["top1"], 3),
     }
     return f"\n{table(files, columns)}\n"
+
+
+def plot(contents: Sequence[Content]) -> Figure:
+    """Divergence against speed, a panel for each model: one wants to be low and on the right."""
+    figure = Figure(figsize=(4.8 * len(contents), 4), layout="constrained")
+    for axes, content in zip(figure.subplots(1, len(contents), squeeze=False).flat, contents, strict=True):
+        unit = next(r["decode_tok_s"] for r in files_of(content) if "bf16" in r["model"].lower())
+        for r in content["results"]:
+            if "kl" in r:
+                theirs = r["loop"] == "llama.cpp"
+                x, y = r["decode_tok_s"] / unit, r["kl"]
+                axes.scatter(x, y, color="C3" if theirs else "C0", s=24, zorder=3)
+                label = f"llama.cpp {r['model'].removesuffix('.gguf').upper()}" if theirs else r["model"]
+                axes.annotate(label, (x, y), xytext=(-4, 6), textcoords="offset points", ha="right", fontsize=8)
+        axes.margins(y=0.15)
+        name = content["settings"]["model"].removesuffix(".gguf")
+        axes.set(title=name, yscale="log", xlabel="tokens per second, × llama.cpp's BF16", xlim=(0, None))
+        axes.set(ylabel="KL from the dense model, nats per token")
+    return figure
 
 
 if __name__ == "__main__":

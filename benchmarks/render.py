@@ -39,6 +39,7 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
     foundation.plot(load("foundation")).savefig(DOCS / "foundation.png", dpi=120)
     curve.plot(load("curve"), load("speed")).savefig(DOCS / "curve.png", dpi=120)
+    peers.plot(of_devices("peers")).savefig(DOCS / "peers.png", dpi=120)
     gpu_kernels.plot(of_devices("gpu_kernels")).savefig(DOCS / "roofline.png", dpi=120)
 
 
