@@ -3,8 +3,8 @@
     python benchmarks/peers.py Q4_0.gguf Q8_0.gguf BF16.gguf [--model smollm2-135m]
 
 Files of the same model, by llama-quantize without an importance matrix; llama-cpp-python must be installed. Converted
-with the default calibration. Decoding, prompts of 512 and of 2,048 tokens, eight sequences at once, and what a busy core
-costs; about 15 minutes on two cores that do nothing else, twice that for a large vocabulary.
+with the default calibration. Decoding, prompts of 512 and of 2,048 tokens, eight sequences at once, and what a busy
+core costs; about 15 minutes on two cores that do nothing else, twice that for a large vocabulary.
 """
 
 from __future__ import annotations

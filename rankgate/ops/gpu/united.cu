@@ -29,11 +29,12 @@ typedef unsigned int u32;
 #define RANKS 16                // components of z together
 #define RESULTS (TOKENS * STRIP / THREADS)  // of a thread: of one row
 
+#define BFLOAT16 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #if HALF
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #define PACK "cvt.rn.f16x2.f32 %0, %1, %2;"
 #else
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#define MMA BFLOAT16
 #define PACK "cvt.rn.bf16x2.f32 %0, %1, %2;"
 #endif
 
@@ -171,8 +172,8 @@ __device__ __forceinline__ void project(
         }
 #pragma unroll
         for (int q = 0; q < 4; q++) {
-            const u32 a[4] = {
-                integers(weights[0][q], 0), integers(weights[1][q], 0), integers(weights[0][q], 2), integers(weights[1][q], 2)};
+            const u32 upper = weights[0][q], lower = weights[1][q];
+            const u32 a[4] = {integers(upper, 0), integers(lower, 0), integers(upper, 2), integers(lower, 2)};
 #pragma unroll
             for (int t = 0; t < COLUMNS; t++) MULTIPLY(MMA, z[t], a, v[t][2 * q], v[t][2 * q + 1]);
         }
@@ -232,15 +233,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) united(
         const long from = (long)(tile * lists + list) * ROOM;
         const int count = counts[tile * lists + list];
         __syncthreads();
-        for (int i = 4 * threadIdx.x; i < count + STEP; i += 4 * THREADS) *(int4*)(listed + i) = *(const int4*)(channels + from + i);
+        for (int i = 4 * threadIdx.x; i < count + STEP; i += 4 * THREADS)
+            *(int4*)(listed + i) = *(const int4*)(channels + from + i);
         __syncthreads();
         const unsigned short* v = values + from * TOKENS + STEP * r + 4 * c;
         u32 word[DEPTH][4];
         uint2 x[DEPTH][COLUMNS];
         auto load = [&](int slot, int at) {
             const int4 k = *(const int4*)(listed + at + 4 * c);
-            word[slot][0] = *(const u32*)(codes + (long)k.x * stride), word[slot][1] = *(const u32*)(codes + (long)k.y * stride);
-            word[slot][2] = *(const u32*)(codes + (long)k.z * stride), word[slot][3] = *(const u32*)(codes + (long)k.w * stride);
+            word[slot][0] = *(const u32*)(codes + (long)k.x * stride);
+            word[slot][1] = *(const u32*)(codes + (long)k.y * stride);
+            word[slot][2] = *(const u32*)(codes + (long)k.z * stride);
+            word[slot][3] = *(const u32*)(codes + (long)k.w * stride);
 #pragma unroll
             for (int t = 0; t < COLUMNS; t++) x[slot][t] = *(const uint2*)(v + at * TOKENS + STEP * 8 * t);
         };
@@ -260,8 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) united(
                     const u32 a[4] = {
                         less_eight(first), less_eight(first >> 4), less_eight(second), less_eight(second >> 4)};
 #pragma unroll
-                    for (int t = 0; t < COLUMNS; t++)
-                        MULTIPLY("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", total[i][t], a, x[slot][t].x, x[slot][t].y);
+                    for (int t = 0; t < COLUMNS; t++) MULTIPLY(BFLOAT16, total[i][t], a, x[slot][t].x, x[slot][t].y);
                 }
                 if (at + DEPTH * hop < count) load(slot, at + DEPTH * hop);
             }
