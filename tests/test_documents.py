@@ -75,6 +75,14 @@ def test_commands_about_attention(tmp_path):
 
 
 @pytest.mark.slow
+def test_commands_about_other_engines(tmp_path):
+    conversion, directory, file = run("docs/engines.md", tmp_path, {"convert", "export"})
+    assert "210 of 211 layers converted" in conversion
+    assert directory == "wrote smollm2-w4a16: 210 layers as W4A16\n"
+    assert file == "wrote smollm2-q4_0.gguf: 210 layers as Q4_0\n"
+
+
+@pytest.mark.slow
 def test_demo(tmp_path):
     argv = [sys.executable, "-m", "rankgate.cli", "demo", "-o", str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
