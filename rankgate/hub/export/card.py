@@ -8,6 +8,7 @@ from importlib.metadata import version
 from rankgate.hub.checkpoint import Checkpoint
 from rankgate.hub.export.members import Member
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 COMPRESSED = """vLLM and SGLang open this directory as it is, transformers with the package compressed-tensors:
 
 ```
@@ -35,6 +36,7 @@ def text(checkpoint: Checkpoint, found: list[Member], command: str, name: str, a
     if origin and origin.calibration_text:
         lines.append(f"- calibrated on {origin.calibration_tokens:,} tokens of {origin.calibration_text}")
     lines.append(f"- method `{checkpoint.method.record()}`")
+    room = next((room for room in LORA_RANKS if room >= rank), rank)
     return f"""---
 base_model: {base}
 base_model_relation: quantized
@@ -51,4 +53,4 @@ tags: [rankgate, compressed-tensors]
 
 Written by `{command}`; `rankgate evaluate` compares the directory that this was exported from with the dense model.
 
-{COMPRESSED.format(name=name)}{ADAPTER.format(name=name, adapter=adapter, rank=rank) if adapter else ""}"""
+{COMPRESSED.format(name=name)}{ADAPTER.format(name=name, adapter=adapter, rank=room) if adapter else ""}"""
