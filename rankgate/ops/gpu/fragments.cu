@@ -10,17 +10,11 @@
 // where in a fragment does not matter as long as it is the same in both factors: so x is arranged by the order in which
 // codes lie in a word, and a code never leaves the thread that loaded it.
 
-typedef unsigned int u32;
-
 #if HALF
-#define KIND "f16x2"
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #define ONE 0x3c003c00u
 #define MAGIC 0x64006400u  // a small integer in its last bits: that and 1024
 #define OFFSET 1024.f
 #else
-#define KIND "bf16x2"
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #define ONE 0x3f803f80u
 #define MAGIC 0x43004300u  // the same with 128
 #define OFFSET 128.f
@@ -36,20 +30,6 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
     u32 d;
     asm("fma.rn." KIND " %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
-}
-
-__device__ __forceinline__ u32 both(float low, float high) {
-    u32 d;
-    asm("cvt.rn." KIND ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-
-__device__ __forceinline__ float of_bfloat16(unsigned short bits) { return __uint_as_float((u32)bits << 16); }
-
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 first, u32 second) {
-    asm volatile(MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second));
 }
 
 __device__ __forceinline__ uint4 streamed(const unsigned char* p) {
@@ -112,11 +92,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) fragments(
     };
 
     load(warp);
-#if OVERLAP
-    // who computed `extra` has waited for x
-    if (!parts) asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
+    if (!parts) wait_for_the_one_before();  // who computed `extra` has waited for x
+    let_the_next_begin();
     for (int chunk = warp; chunk < chunks; chunk += WARPS) {
         Row row[2 * TILES];
 #pragma unroll
@@ -149,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) fragments(
                 weights(row[2 * i], step, a[0], a[2]);
                 weights(row[2 * i + 1], step, a[1], a[3]);
 #pragma unroll
-                for (int t = 0; t < COLUMNS; t++) multiply(total[i][t], a, b[t][2 * step], b[t][2 * step + 1]);
+                for (int t = 0; t < COLUMNS; t++) MULTIPLY(MMA, total[i][t], a, b[t][2 * step], b[t][2 * step + 1]);
             }
         }
     }
@@ -170,9 +147,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) fragments(
 #pragma unroll
         for (int w = 0; w < WARPS; w++) y[i] += there ? sums[w][t][own] : 0.f;
     }
-#if OVERLAP
-    if (parts) asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    if (parts) wait_for_the_one_before();
     for (int part = 0; part < parts; part += TOGETHER) {  // their loads are under way together
         float e[TOGETHER][RESULTS];
 #pragma unroll

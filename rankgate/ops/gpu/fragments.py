@@ -31,7 +31,7 @@ def takes(x: Tensor) -> bool:
 def shape(tokens: int, m: int, bits: int) -> dict[str, int]:
     """Of a block, as `fragments.cu` defines it: the fastest on an H100, where small matrices need many blocks."""
     large = m >= 1 << 14
-    columns = min(4, triton.next_power_of_2(triton.cdiv(tokens, 8)))
+    columns = united.columns(tokens)
     if large and bits == 8:
         columns = max(columns, 2)
     if columns == 4:
@@ -48,7 +48,7 @@ def multiply(x: Tensor, parts: list[Any]) -> Tensor:
     bits, half = 4 if codes.dtype == torch.uint8 else 8, int(x.dtype == torch.float16)
     block = shape(tokens, m, bits)
     whole, y = padded(x), x.new_empty((tokens, m))
-    extra = united.added(whole, m, x.shape[1], half, *added)
+    extra = united.added(whole, m, x.shape[1], *added)
     launch(
         "fragments",
         "fragments",

@@ -40,9 +40,10 @@ class _Config(ctypes.Structure):
 
 
 def source(program: str, **values: int) -> str:
-    """PROGRAM.cu for these values of its macros."""
+    """common.cu and PROGRAM.cu for these values of their macros."""
     lines = [f"#define {macro} {value}\n" for macro, value in values.items()]
-    return "".join(lines) + Path(__file__).with_name(f"{program}.cu").read_text(encoding="utf-8")
+    files = [Path(__file__).with_name(f"{name}.cu") for name in ("common", program)]
+    return "".join([*lines, *(file.read_text(encoding="utf-8") for file in files)])
 
 
 @functools.cache

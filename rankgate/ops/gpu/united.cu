@@ -12,8 +12,6 @@
 // four channels, which are eight rows, and pairs the bytes of two channels. Which rows form a tile does not matter as
 // long as results are put where they belong: tile i has byte i of every word, low nibbles above high ones.
 
-typedef unsigned int u32;
-
 #define WARPS (COLUMNS == 4 ? 4 : 8)  // of `united`: half of them take half of a strip
 #define THREADS (32 * WARPS)
 #define LISTERS 256             // threads of `prepare`
@@ -29,23 +27,12 @@ typedef unsigned int u32;
 #define RANKS 16                // components of z together
 #define RESULTS (TOKENS * STRIP / THREADS)  // of a thread: of one row
 
-#define BFLOAT16 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#if HALF
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#define PACK "cvt.rn.f16x2.f32 %0, %1, %2;"
-#else
-#define MMA BFLOAT16
-#define PACK "cvt.rn.bf16x2.f32 %0, %1, %2;"
-#endif
-
 __device__ __forceinline__ u32 less_eight(u32 codes) {  // two of 0 ... 15 in the last bits of 16: q - 8 as bfloat16
     u32 d;
     asm("lop3.b32 %0, %1, 0x000f000f, 0x43004300, 0xea;" : "=r"(d) : "r"(codes));
     asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(d) : "r"(0x3f803f80u), "r"(0xc308c308u));
     return d;
 }
-
-__device__ __forceinline__ float of_bfloat16(unsigned short bits) { return __uint_as_float((u32)bits << 16); }
 
 __device__ __forceinline__ unsigned short bfloat16(float value) {
     unsigned short d;
@@ -63,10 +50,7 @@ __device__ __forceinline__ void two(u32 packed, float& first, float& second) {  
 }
 
 __device__ __forceinline__ u32 integers(u32 bytes, int first) {  // two signed bytes in the dtype of x
-    u32 d;
-    const float low = (float)(signed char)(bytes >> 8 * first), high = (float)(signed char)(bytes >> 8 * first + 8);
-    asm(PACK : "=r"(d) : "f"(high), "f"(low));
-    return d;
+    return both((float)(signed char)(bytes >> 8 * first), (float)(signed char)(bytes >> 8 * first + 8));
 }
 
 __device__ __forceinline__ u32 four(const signed char* row, int j, int n) {  // bytes from j on, zero behind the end
@@ -77,16 +61,9 @@ __device__ __forceinline__ u32 four(const signed char* row, int j, int n) {  // 
     return bytes;
 }
 
-#define MULTIPLY(INSTRUCTION, c, a, first, second)                                                           \
-    asm volatile(INSTRUCTION " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                        \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second))
-
 __device__ __forceinline__ void begin() {
-#if OVERLAP
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
+    wait_for_the_one_before();
+    let_the_next_begin();
 }
 
 // Of one tile of tokens, channels that any of them opens, to whole products, and for each product its 16 x_j column_j of
@@ -217,10 +194,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) united(
     const int strip = blockIdx.x, part = blockIdx.y, tile = blockIdx.z, first_token = tile * TOKENS;
     const int own = threadIdx.x % STRIP, row = strip * STRIP + min(own, m - 1 - strip * STRIP);
     float y[RESULTS] = {};
-#if OVERLAP
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    let_the_next_begin();
+    wait_for_the_one_before();
 
 #if REFINED
     __shared__ float sums[WARPS][TOKENS][HALF_STRIP + 1];

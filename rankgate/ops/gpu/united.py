@@ -33,7 +33,6 @@ def added(
     x: Tensor,
     m: int,
     n: int,
-    half: int,
     A: Tensor | None,
     B: Tensor | None,
     factor: Tensor | None,
@@ -44,13 +43,12 @@ def added(
 ) -> Tensor | None:
     """A z + E x (parts, tokens, m) float32, to be summed over the parts, from 16-bit x (tokens, n filled up to 64).
 
-    half: whether x is float16. Low rank (A, B, factor) or refinement (plane, row, column, threshold) may be all None;
-    without either, None.
+    Low rank (A, B, factor) or refinement (plane, row, column, threshold) may be all None; without either, None.
     """
     if B is None and plane is None:
         return None
     (tokens, width), rank = x.shape, 0 if B is None else len(B)
-    values = {"COLUMNS": columns(tokens), "REFINED": int(plane is not None), "HALF": half}
+    values = {"COLUMNS": columns(tokens), "REFINED": int(plane is not None), "HALF": int(x.dtype == torch.float16)}
     strips, tiles = triton.cdiv(m, STRIP), triton.cdiv(tokens, 8 * values["COLUMNS"])
     lists = triton.cdiv(n, LISTING) if plane is not None else 0
     chunks = triton.cdiv(n, CHUNK) if rank else 0
