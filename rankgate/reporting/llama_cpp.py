@@ -17,7 +17,7 @@ from rankgate.conversion.evaluation import compare, log_probabilities
 from rankgate.errors import RankgateError
 from rankgate.hub import texts
 from rankgate.hub.opening import open_dense
-from rankgate.reporting.runner import LONG_PROMPT, QUALITY_TOKENS, Subject, peak_memory
+from rankgate.reporting.runner import Subject, peak_memory, quality_windows
 
 
 class LlamaCpp:
@@ -60,11 +60,11 @@ class LlamaCpp:
 
     def quality(self) -> dict[str, float]:
         """How far predictions are from the dense model's."""
-        length = min(self.length, LONG_PROMPT)
-        llama = self._load(length, logits_all=True)
+        windows = quality_windows(self.dense, self.length)
+        llama = self._load(windows.shape[1], logits_all=True)
         parts = []
         with torch.inference_mode():
-            for window in self.dense.windows(texts.HELD_OUT, QUALITY_TOKENS, length):
+            for window in windows:
                 reference = log_probabilities(self.dense.model, window[None], "dense")[0]
                 parts.append(compare(reference, self._log_probabilities(llama, window), window))
         kl, same = (torch.cat([getattr(part, name) for part in parts]).double() for name in ("kl", "same"))

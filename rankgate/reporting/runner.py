@@ -21,7 +21,7 @@ from rankgate.decoding.exact import Exact
 from rankgate.decoding.loop import decode, fast_generate
 from rankgate.errors import RankgateError
 from rankgate.hub import texts
-from rankgate.hub.opening import open_any, open_dense, open_pair
+from rankgate.hub.opening import Opened, open_any, open_dense, open_pair
 from rankgate.quantized import GROUP
 
 LONG_PROMPT = 512
@@ -132,13 +132,17 @@ class Runner:
         """How far predictions are from the dense model's."""
         assert self.subject.against is not None
         dense = open_dense(self.subject.against)
-        windows = dense.windows(texts.HELD_OUT, QUALITY_TOKENS, min(self.long.shape[1], LONG_PROMPT))
-        result = evaluate(dense.model, self.model, windows)
+        result = evaluate(dense.model, self.model, quality_windows(dense, self.long.shape[1]))
         return {"kl": result.kl_mean, "top1": result.top1}
 
     def _generate(self, ids: torch.Tensor, count: int, clock: Clock) -> None:
         length = {"max_new_tokens": count, "eos_token_id": NEVER}
         self.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **length, **self.options)
+
+
+def quality_windows(dense: Opened, length: int) -> torch.Tensor:
+    """Held-out text in windows as long as the long prompt, but no longer than it is by default: logits take memory."""
+    return dense.windows(texts.HELD_OUT, QUALITY_TOKENS, min(length, LONG_PROMPT))
 
 
 def quantize_torchao(model: PreTrainedModel, kind: str) -> None:

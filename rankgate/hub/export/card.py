@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import version
 
 from rankgate.hub.checkpoint import Checkpoint
-from rankgate.hub.export.members import Member
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 COMPRESSED = """vLLM and SGLang open this directory as it is, transformers with the package compressed-tensors:
@@ -24,19 +23,20 @@ vllm serve {name} --enable-lora --lora-modules corrected={adapter} --max-lora-ra
 """
 
 
-def text(checkpoint: Checkpoint, found: list[Member], command: str, name: str, adapter: str | None, rank: int) -> str:
-    """README.md of a directory called `name`."""
+def text(
+    checkpoint: Checkpoint, types: Mapping[str, int], command: str, name: str, adapter: tuple[str, int] | None
+) -> str:
+    """README.md of a directory called `name`; types: layers by how they are written; adapter: its name and rank."""
     origin = checkpoint.provenance
     base = origin.source if origin else "unknown"
-    kinds = Counter((member.base.bits, member.base.zero is None) for member in found if not member.head)
-    lines = [
-        f"- {count} linear layers with {bits} bits{'' if sym else ' and zeros'}, groups of 64"
-        for (bits, sym), count in kinds.items()
-    ]
+    lines = [f"- {count} layers as {kind}" for kind, count in types.items()]
     if origin and origin.calibration_text:
         lines.append(f"- calibrated on {origin.calibration_tokens:,} tokens of {origin.calibration_text}")
     lines.append(f"- method `{checkpoint.method.record()}`")
-    room = next((room for room in LORA_RANKS if room >= rank), rank)
+    beside = ""
+    if adapter is not None:
+        rank = next((room for room in LORA_RANKS if room >= adapter[1]), adapter[1])
+        beside = ADAPTER.format(name=name, adapter=adapter[0], rank=rank)
     return f"""---
 base_model: {base}
 base_model_relation: quantized
@@ -53,4 +53,4 @@ tags: [rankgate, compressed-tensors]
 
 Written by `{command}`; `rankgate evaluate` compares the directory that this was exported from with the dense model.
 
-{COMPRESSED.format(name=name)}{ADAPTER.format(name=name, adapter=adapter, rank=room) if adapter else ""}"""
+{COMPRESSED.format(name=name)}{beside}"""

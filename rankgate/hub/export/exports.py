@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankgate.common.files import atomic_path
 from rankgate.errors import RankgateError
 from rankgate.hub import checkpoint, sources
-from rankgate.hub.export import card, compressed, gguf, lora
+from rankgate.hub.export import card, compressed, gguf
+from rankgate.hub.export.lora import write as write_adapter
 
 
 @dataclass(frozen=True)
@@ -47,44 +49,22 @@ def export(directory: str, output: Path, form: str, *, lora: bool = False, templ
         temporary = stack.enter_context(atomic_path(output))
         second = stack.enter_context(atomic_path(beside)) if lora else None
         if form == "gguf":
-            return _gguf(converted, template, temporary, second, output, beside)
-        return _compressed(converted, temporary, second, output, beside, directory)
+            written = gguf.write(converted.model, _template(converted, template), temporary, second)
+            return Exported(str(output), str(beside) if lora else None, written.types, _notes(written))
+        found = compressed.write(converted.model, converted.tokenizer, temporary, lora=lora)
+        types = Counter(map(compressed.kind, found))
+        adapter = (beside.name, write_adapter(found, output.name, second)) if second else None
+        command = f"rankgate export {directory} -o {output} --format {form}{' --lora' if lora else ''}"
+        readme = card.text(converted, types, command, output.name, adapter)
+        (temporary / "README.md").write_text(readme, encoding="utf-8")
+        return Exported(str(output), str(beside) if lora else None, dict(types))
 
 
-def _compressed(
-    converted: checkpoint.Checkpoint, temporary: Path, second: Path | None, output: Path, beside: Path, directory: str
-) -> Exported:
-    found = compressed.write(converted.model, converted.tokenizer, temporary, lora=second is not None)
-    rank = 0
-    if second is not None:
-        rank = lora.largest_rank(found)
-        lora.write(found, output.name, second)
-    command = f"rankgate export {directory} -o {output} --format compressed-tensors{' --lora' if second else ''}"
-    readme = card.text(converted, found, command, output.name, beside.name if second else None, rank)
-    (temporary / "README.md").write_text(readme, encoding="utf-8")
-    types: dict[str, int] = {}
-    for member in found:
-        kind = compressed.kind(member)
-        types[kind] = types.get(kind, 0) + 1
-    return Exported(str(output), str(beside) if second else None, types)
-
-
-def _gguf(
-    converted: checkpoint.Checkpoint,
-    template: str | None,
-    temporary: Path,
-    second: Path | None,
-    output: Path,
-    beside: Path,
-) -> Exported:
-    written = gguf.write(converted.model, _template(converted, template), temporary, second)
-    notes = []
-    if written.inexact_scales:
-        share = written.inexact_scales / written.groups
-        notes.append(
-            f"{written.inexact_scales:,} scales of groups ({share:.2%}) are too small for float16 and were rounded"
-        )
-    return Exported(str(output), str(beside) if second else None, written.types, notes)
+def _notes(written: gguf.Written) -> list[str]:
+    if not written.inexact_scales:
+        return []
+    share = written.inexact_scales / written.groups
+    return [f"{written.inexact_scales:,} scales of groups ({share:.2%}) are too small for float16 and were rounded"]
 
 
 def _template(converted: checkpoint.Checkpoint, given: str | None) -> Path:

@@ -39,8 +39,8 @@ def largest_rank(members: list[Member]) -> int:
     return max(ranks)
 
 
-def write(members: list[Member], base: str, directory: Path) -> None:
-    """Write the adapter of `members` for the model that `base` names into `directory`, which is made."""
+def write(members: list[Member], base: str, directory: Path) -> int:
+    """Write the adapter of `members` for the model that `base` names into `directory`, which is made; its rank."""
     rank, tensors = largest_rank(members), {}
     for member in members:
         if member.low_rank is not None:
@@ -62,3 +62,4 @@ def write(members: list[Member], base: str, directory: Path) -> None:
     directory.mkdir()
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    return rank
