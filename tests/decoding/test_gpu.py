@@ -91,12 +91,15 @@ def test_statistics_are_those_of_the_cpu():
 
 
 def test_conversion_on_the_gpu():
-    """Sensitivities are sampled differently there, so the models differ; they are equally close to the dense one."""
+    """Sensitivities are sampled differently there, so the models differ; they are equally close to the dense one.
+
+    Read on the CPU: a prompt on a GPU has every channel open and comes nearer.
+    """
     ids, errors = tokens(2, 30), []
     dense = tiny_model("llama")(ids).logits
     for device in ("cpu", "cuda"):
         converted = tiny_model("llama").to(device)
         convert_(converted, METHODS["lrq"], calibrate(converted, tokens(16, 32, seed=1), sensitivity=True))
         with torch.no_grad():
-            errors.append(float((converted(ids.to(device)).logits.cpu() - dense).norm()))
+            errors.append(float((converted.cpu()(ids).logits - dense).norm()))
     assert 0.7 < errors[0] / errors[1] < 1.4

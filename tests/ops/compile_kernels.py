@@ -23,7 +23,6 @@ from rankgate.ops.gpu import quantized as quantized_gpu
 from rankgate.ops.gpu import refined as refined_gpu
 from rankgate.ops.gpu import rounding as rounding_gpu
 from rankgate.ops.gpu import united as united_gpu
-from rankgate.ops.gpu import unpack as unpack_gpu
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NAMES = {
@@ -91,6 +90,8 @@ def main() -> None:
         build_cuda(library, "fragments", **shape, BITS=bits, ZERO=zero, HALF=half)
     for tokens, refined, half in itertools.product((2, 16, 64), (0, 1), (0, 1)):
         build_cuda(library, "united", COLUMNS=united_gpu.columns(tokens), REFINED=refined, HALF=half)
+    for bits, zero, half, more in itertools.product((4, 8), (0, 1), (0, 1), (0, 1)):
+        build_cuda(library, "unpack", BITS=bits, ZERO=zero, HALF=half, STEPS=2 * more, REFINED=more)
     low = {"B": I8, "factor": F32, "A": I8, "low": F32, "rank": 16}
     lists: dict[str, Any] = {"column": torch.bfloat16, "threshold": torch.bfloat16, "lists": 4}
     lists |= {"channels": I32, "scaled": F32, "counts": I32}
@@ -126,11 +127,6 @@ def main() -> None:
     build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, extra=F32, **codes, **size)
     constants = {**both, "CHUNKS": 8, "PARTS": 2, "LISTS": 2, "TOGETHER": 64, "SLOTS": 8}
     build(refined_gpu._refine, constants, pdl=True, **low, **lists, **plane, **size)
-    for dtype, bits, zero in ((torch.bfloat16, 4, None), (half, 8, I8), (half, 4, I8)):
-        packed = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero}
-        form = {"BITS": bits, "ZERO": zero is not None}
-        build(unpack_gpu._unpack, {**form, "ROWS": 64, "GROUPS": 4}, W=dtype, start=0, **packed, **size)
-        build(unpack_gpu._unpack_both, form, W=dtype, start=0, **packed, **plane, **lists, **size)
     matrices = dict.fromkeys(("rows", "s", "z", "U", "codes", "errors"), F32)
     build(rounding_gpu._round_block, {"B": 64, "M": 32}, **matrices, count=64, m=129, low=0.0, high=15.0)
 

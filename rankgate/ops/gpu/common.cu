@@ -16,11 +16,14 @@ typedef unsigned int u32;
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second))
 
-__device__ __forceinline__ u32 both(float low, float high) {  // in the dtype of x
-    u32 d;
-    asm("cvt.rn." KIND ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
+#define ROUNDED(KIND, low, high)                                                  \
+    u32 d;                                                                        \
+    asm("cvt.rn." KIND ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));       \
+    return d
+
+__device__ __forceinline__ u32 both(float low, float high) { ROUNDED(KIND, low, high); }  // in the dtype of x
+
+__device__ __forceinline__ u32 both_bfloat16(float low, float high) { ROUNDED("bf16x2", low, high); }
 
 __device__ __forceinline__ float of_bfloat16(unsigned short bits) { return __uint_as_float((u32)bits << 16); }
 
@@ -36,3 +39,14 @@ __device__ __forceinline__ void let_the_next_begin() {
 #endif
 }
 
+__device__ __forceinline__ float signed_byte(u32 word, int i) {  // without a conversion: those are slow
+    return __uint_as_float(__byte_perm(word ^ 0x80808080, 0x4b000000, 0x7440 + i)) - 8388736.f;
+}
+
+__device__ __forceinline__ u32 four(const signed char* row, int j, int n) {  // bytes from j on, zero behind the end
+    if (j + 4 <= n && ((unsigned long long)(row + j) & 3) == 0) return *(const u32*)(row + j);
+    u32 bytes = 0;
+    for (int i = 0; i < 4; i++)
+        if (j + i < n) bytes |= (u32)(unsigned char)row[j + i] << 8 * i;
+    return bytes;
+}

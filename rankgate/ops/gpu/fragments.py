@@ -19,13 +19,6 @@ from rankgate.ops.gpu.launch import launch
 from rankgate.ops.gpu.quantized import padded
 
 LARGEST = 64  # tokens at once
-AMPERE = 8  # compute capability from which tensor cores take bfloat16
-
-
-def takes(x: Tensor) -> bool:
-    """Whether the kernel takes x (tokens, n)."""
-    known = x.dtype in {torch.bfloat16, torch.float16} and hasattr(torch.cuda, "_compile_kernel")
-    return known and len(x) <= LARGEST and torch.cuda.get_device_capability(x.device)[0] >= AMPERE
 
 
 def shape(tokens: int, m: int, bits: int) -> dict[str, int]:
@@ -42,7 +35,7 @@ def shape(tokens: int, m: int, bits: int) -> dict[str, int]:
 
 
 def multiply(x: Tensor, parts: list[Any]) -> Tensor:
-    """y (tokens, m) from tokens that the kernel `takes` (tokens, n), and `QuantizedGroup.parts`."""
+    """y (tokens, m) from 2 to 64 tokens that `launch.takes` (tokens, n), and `QuantizedGroup.parts`."""
     codes, scale, zero, *added = parts
     (m, blocks), tokens = scale.shape, len(x)
     bits, half = 4 if codes.dtype == torch.uint8 else 8, int(x.dtype == torch.float16)

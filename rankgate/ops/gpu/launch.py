@@ -17,6 +17,7 @@ from torch import Tensor
 from rankgate.errors import RankgateError
 from rankgate.ops.gpu.overlap import overlaps
 
+AMPERE = 8  # compute capability from which there are tensor cores and conversions for bfloat16
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…, whose value is whether
 
 
@@ -37,6 +38,12 @@ class _Config(ctypes.Structure):
         ("attributes", ctypes.POINTER(_Attribute)),
         ("count", ctypes.c_uint),
     )
+
+
+def takes(x: Tensor) -> bool:
+    """Whether what is written in CUDA C++ here takes x, by its dtype and device."""
+    known = x.dtype in {torch.bfloat16, torch.float16} and hasattr(torch.cuda, "_compile_kernel")
+    return known and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= AMPERE
 
 
 def source(program: str, **values: int) -> str:

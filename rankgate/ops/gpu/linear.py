@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rankgate.core import FEW
 from rankgate.ops.gpu import fragments, quantized, unpack
+from rankgate.ops.gpu.launch import takes
 
 
 def linear(x: Tensor, parts: list[Any]) -> Tensor:
@@ -18,7 +19,7 @@ def linear(x: Tensor, parts: list[Any]) -> Tensor:
     as an evaluation does, gets `QuantizedGroup.reference`.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if len(flat) > 1 and fragments.takes(flat):
+    if 1 < len(flat) <= fragments.LARGEST and takes(flat):
         y = fragments.multiply(flat, parts)
     elif len(flat) <= FEW:
         y = quantized.gemv(flat, *parts)

@@ -53,14 +53,6 @@ __device__ __forceinline__ u32 integers(u32 bytes, int first) {  // two signed b
     return both((float)(signed char)(bytes >> 8 * first), (float)(signed char)(bytes >> 8 * first + 8));
 }
 
-__device__ __forceinline__ u32 four(const signed char* row, int j, int n) {  // bytes from j on, zero behind the end
-    if (j + 4 <= n && ((unsigned long long)(row + j) & 3) == 0) return *(const u32*)(row + j);
-    u32 bytes = 0;
-    for (int i = 0; i < 4; i++)
-        if (j + i < n) bytes |= (u32)(unsigned char)row[j + i] << 8 * i;
-    return bytes;
-}
-
 __device__ __forceinline__ void begin() {
     wait_for_the_one_before();
     let_the_next_begin();
