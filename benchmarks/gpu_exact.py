@@ -26,7 +26,7 @@ from rankgate.decoding import exact
 from rankgate.decoding.loop import decode
 from rankgate.reporting.runner import NEVER
 
-ACCEPTANCE = (0.5, 0.8, 0.9, 0.95, 0.98)
+ACCEPTANCE = (0.8, 0.9, 0.95, 0.98)
 PROMPT, NEW = 64, 256
 
 

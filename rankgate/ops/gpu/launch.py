@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankgate.errors import RankgateError
-from rankgate.ops.gpu.overlap import overlaps
+from rankgate.ops.gpu.overlap import capability, overlaps
 
 AMPERE = 8  # compute capability from which there are tensor cores and conversions for bfloat16
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…, whose value is whether
@@ -43,7 +43,7 @@ class _Config(ctypes.Structure):
 def takes(x: Tensor) -> bool:
     """Whether what is written in CUDA C++ here takes x, by its dtype and device."""
     known = x.dtype in {torch.bfloat16, torch.float16} and hasattr(torch.cuda, "_compile_kernel")
-    return known and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= AMPERE
+    return known and x.is_cuda and capability(x.device) >= AMPERE
 
 
 def source(program: str, **values: int) -> str:
@@ -64,6 +64,12 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+@functools.lru_cache(maxsize=4096)
+def _configured(grid: tuple[int, int, int], threads: int, stream: int, overlap: bool) -> _Config:
+    attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+    return _Config(grid, (threads, 1, 1), 0, stream, ctypes.pointer(attribute), int(overlap))
+
+
 def launch(
     program: str,
     name: str,
@@ -79,11 +85,11 @@ def launch(
     """
     overlap = overlaps(device)
     kernel = _compiled(device.index, program, name, **values, OVERLAP=int(overlap))
-    kinds = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments]
-    addresses = (ctypes.c_void_p * len(kinds))(*map(ctypes.addressof, kinds))
-    attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    config = _Config(grid, (threads, 1, 1), 0, stream, ctypes.pointer(attribute), int(overlap))
+    count = len(arguments)
+    stored = (ctypes.c_int64 * count)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+    begin = ctypes.addressof(stored)  # of an int the driver reads the lower half
+    addresses = (ctypes.c_void_p * count)(*range(begin, begin + 8 * count, 8))
+    config = _configured(grid, threads, torch._C._cuda_getCurrentRawStream(device.index), overlap)
     with torch.cuda.device(device):
         failed = _driver().cuLaunchKernelEx(ctypes.byref(config), kernel.func, addresses, None)
     if failed:

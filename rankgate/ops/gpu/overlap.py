@@ -6,6 +6,8 @@ everything that was written before the operation in front of it; Inductor's kern
 directly before them, rely on that too (`rankgate.decoding.recorded`).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +15,15 @@ import triton.language as tl
 HOPPER = 9  # compute capability from which a kernel can begin before the one before it is through
 
 
+@functools.cache
+def capability(device: torch.device) -> int:
+    """The first number of the compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether a launch of a kernel on `device` can begin before the one before it is through."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
+    return device.type == "cuda" and capability(device) >= HOPPER
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 At so many tokens the product is bound by arithmetic, of which cuBLAS does most; unpacking costs as much as some hundred
 tokens. What a gate opens would have to be multiplied by itself, which costs more than all of the refinement plane in
 the same matrix: so every channel is open for every token here. A strip is small enough to stay in the GPU's cache until
-it is multiplied, unless tokens are so few that only a large one keps all multiprocessors busy.
+it is multiplied. If tokens are so few that only a larger one keeps all multiprocessors busy, it is all of the group:
+launches then cost more than memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from rankgate.ops.gpu.launch import launch, takes
 from rankgate.quantized import QuantizedGroup
 
 CACHED = 16 << 20  # bytes of a strip at most, if there is work enough in it
+CACHE = 48 << 20  # bytes, beyond which there is no reason for strips
 WORK = 132 * 128 * 256  # results of a strip, at least
+LARGEST = 256 << 20  # bytes of a strip
 ROWS = 128  # of a block
 
 
@@ -33,8 +36,11 @@ def multiply(x: Tensor, parts: list[Any]) -> Tensor:
         return QuantizedGroup.of(x.shape[1], [*parts[:-1], opened]).reference(x)
     (tokens, n), (m, blocks) = x.shape, scale.shape
     y = x.new_empty((tokens, m))
-    strip = max(CACHED // (n * x.element_size()), WORK // tokens) // ROWS * ROWS
-    strip = min(max(strip, ROWS), m)
+    of_row = n * x.element_size()
+    strip = max(CACHED // of_row, WORK // tokens)
+    if strip * of_row > CACHE:
+        strip = LARGEST // of_row
+    strip = min(max(strip // ROWS * ROWS, ROWS), m)
     W = x.new_empty((strip, n))
     values = {"BITS": 4 if codes.dtype == torch.uint8 else 8, "ZERO": int(zero is not None)}
     values |= {"HALF": int(x.dtype == torch.float16), "REFINED": int(plane is not None)}
