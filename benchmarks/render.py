@@ -19,6 +19,7 @@ import foundation
 import gpu_batches
 import gpu_convert
 import gpu_decode
+import gpu_exact
 import gpu_kernels
 import harness
 import memory
@@ -120,6 +121,7 @@ def results() -> Iterator[str]:
     yield from of_each(gpu_kernels.section, "gpu_kernels")
     yield "![bandwidth against bytes read, for each kernel](roofline.png)\n"
     yield from of_each(gpu_batches.section, "gpu_batches")
+    yield from of_each(gpu_exact.section, "gpu_exact")
     yield from of_each(gpu_convert.section, "gpu_convert")
 
 
