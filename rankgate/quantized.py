@@ -172,18 +172,22 @@ class Refinement(Packed):
         stored = [pack_nibbles(strip.mT).flatten() for strip in _strips(padded) if strip.numel()]
         return cls(m, torch.cat(stored), *(v.to(torch.bfloat16) for v in (row, column, threshold)))
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """E (m × n)."""
+    def unpack(self) -> Tensor:
+        """Undo `pack`: uint8 codes 0…15 (m × n)."""
         n, rows = len(self.column), -(-self.m // GROUP) * GROUP
-        codes = torch.empty(rows, n, dtype=torch.int8, device=self.codes.device)
+        codes = torch.empty(rows, n, dtype=torch.uint8, device=self.codes.device)
         start = 0
         for strip in _strips(codes):
             width = strip.shape[-2] // 2
             stored = self.codes[start : start + strip.numel() // 2].view(*strip.mT.shape[:-1], width)
             strip.copy_(unpack_nibbles(stored).mT)
             start += strip.numel() // 2
-        E = (codes[: self.m] - NIBBLE_ZERO).float() * self.row.float()[:, None] * self.column.float()
-        return E.to(dtype)
+        return codes[: self.m]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """E (m × n)."""
+        codes = self.unpack().float() - NIBBLE_ZERO
+        return (codes * self.row.float()[:, None] * self.column.float()).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x * self.gate.shared(x, id(self)), self.dequantize(x.dtype))

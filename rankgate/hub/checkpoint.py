@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rankgate.conversion.convert import LayerReport, Others, finishers
 from rankgate.errors import RankgateError
-from rankgate.hub.config import FORMAT, NAME, RankgateConfig, build
+from rankgate.hub.config import FORMAT, NAME, STACKED, RankgateConfig, build
 from rankgate.hub.layout import describe, tie
 from rankgate.hub.quantizer import RankgateQuantizer
 from rankgate.methods import Method
@@ -121,9 +121,9 @@ def load(directory: str | Path) -> Checkpoint:
     manifest = _manifest(directory)
     try:
         settings = _quantization(directory)
-        if settings["format"] != FORMAT:
+        if settings["format"] not in (STACKED, FORMAT):
             raise RankgateError(
-                f"{directory} has format {settings['format']}, this version reads {FORMAT}; convert again"
+                f"{directory} has format {settings['format']}, this version reads {STACKED} and {FORMAT}; convert again"
             )
         method = build(settings["method"])
         from_pretrained: Any = AutoModelForCausalLM.from_pretrained

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 NAME = "rankgate"
-FORMAT = 4  # of what is stored
+FORMAT = 5  # of what is stored
+STACKED = 4  # the format before it, which stored the members of a group as one matrix; still read
 
 
 class RankgateConfig(QuantizationConfigMixin):
@@ -57,9 +58,9 @@ class RankgateConfig(QuantizationConfigMixin):
         self.windows = windows
         self.modules = modules
         self.format = format
-        if modules is not None and format != FORMAT:
+        if modules is not None and format not in (STACKED, FORMAT):
             raise RankgateError(
-                f"the model is stored in format {format}, this version reads {FORMAT}; convert it again"
+                f"the model is stored in format {format}, this version reads {STACKED} and {FORMAT}; convert it again"
             )
 
     def build(self) -> Method:

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 
 from rankgate.conversion.convert import Converted, converted_layers, shared_part
 from rankgate.core import ChannelGate, GatedGroup, GroupedLinear, LinearGroup, SparseLinear, Subspace
+from rankgate.hub import stored
+from rankgate.hub.config import STACKED
+from rankgate.hub.stored import StoredLinear
 from rankgate.methods.context import ContextBasis, ContextLinear
 from rankgate.quantized import QuantizedGroup, QuantizedHead
 
@@ -51,10 +54,13 @@ def _settings(shared: nn.Module) -> dict[str, Any]:
     return settings
 
 
-def rebuild(model: PreTrainedModel, modules: list[dict[str, Any]], dtype: torch.dtype) -> None:
-    """Put empty converted layers where `describe` saw them."""
+def rebuild(model: PreTrainedModel, modules: list[dict[str, Any]], dtype: torch.dtype, format: int) -> None:
+    """Put empty layers where `describe` saw them, as a format stores them: from 5 on, members of groups one by one."""
     shared: dict[int, nn.Module] = {}
     for spec in modules:
+        if format > STACKED and spec["kind"] in {GatedGroup.__name__, QuantizedGroup.__name__}:
+            model.set_submodule(spec["name"], stored.empty(spec, dtype))
+            continue
         if spec["shared"] not in shared:
             shared[spec["shared"]] = _empty_shared(spec, dtype)
         model.set_submodule(spec["name"], _empty_layer(spec, shared[spec["shared"]], dtype))
@@ -94,7 +100,7 @@ def _empty_layer(spec: dict[str, Any], shared: nn.Module, dtype: torch.dtype) ->
 
 def tie(model: PreTrainedModel) -> None:
     """Tell transformers that members of a group share its tensors: one name of each is stored, and none is missing."""
-    heads = [f"{name}." for name, layer in converted_layers(model) if isinstance(layer, QuantizedHead)]
+    heads = [f"{name}." for name, layer in model.named_modules() if isinstance(layer, QuantizedHead | StoredLinear)]
     for name in [name for name in model.all_tied_weights_keys if name.startswith(tuple(heads))]:
         del model.all_tied_weights_keys[name]  # the output embedding has no dense weight any more
     first: dict[int, str] = {}

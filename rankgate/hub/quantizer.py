@@ -18,7 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from rankgate.errors import RankgateError
-from rankgate.hub.config import NAME, RankgateConfig
+from rankgate.hub.config import FORMAT, NAME, RankgateConfig
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +47,20 @@ class RankgateQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
-        """Every tensor once, under the name of the first member of its group."""
-        aliases = {name for name, kept in model.all_tied_weights_keys.items() if ".group." in kept or ".gate." in kept}
-        return {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}, {}
+        """Every tensor once: of members of a group as `stored` says, of shared gates under the first name."""
+        from rankgate.conversion.convert import converted_layers
+        from rankgate.core import GroupedLinear
+        from rankgate.hub.stored import tensors_of
+
+        grouped = {name: layer for name, layer in converted_layers(model) if isinstance(layer, GroupedLinear)}
+        inside = tuple(f"{name}." for name in grouped)
+        aliases = {name for name, kept in model.all_tied_weights_keys.items() if ".gate." in kept}
+        others = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name not in aliases and not name.startswith(inside)
+        }
+        return {**others, **tensors_of(model, grouped)}, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from rankgate.hub.loading import refuse_missing_
@@ -62,7 +73,7 @@ class RankgateQuantizer(HfQuantizer):
 
             modules = self.quantization_config.modules or []
             with torch.device("meta"):
-                rebuild(model, modules, model.dtype)
+                rebuild(model, modules, model.dtype, self.quantization_config.format)
             tie(model)
             self.expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
             for module in modules:  # a parent may want to initialise weights of its children, which are not there
@@ -72,7 +83,9 @@ class RankgateQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from rankgate.conversion.convert import methods_of
+        from rankgate.hub.layout import tie
         from rankgate.hub.loading import align_, convert_loaded_, freeze_
+        from rankgate.hub.stored import fuse
 
         places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
         if "disk" in places or ("cpu" in places and len(places) > 1):
@@ -81,8 +94,11 @@ class RankgateQuantizer(HfQuantizer):
         align_(model)
         if self.pre_quantized:
             self._check_shapes(model)
-            freeze_(model)
             config = self.quantization_config
+            fuse(model, config.modules or [], model.dtype)
+            config.format = FORMAT
+            tie(model)
+            freeze_(model)
             for method in methods_of(config.build(), config.others()):
                 method.attach(model)
         else:

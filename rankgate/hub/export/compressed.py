@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from rankgate.errors import RankgateError
 from rankgate.hub.export.members import Member, members, others
-from rankgate.quantized import GROUP, unpack_nibbles
+from rankgate.hub.stored import pack, packed_codes
+from rankgate.quantized import GROUP
 
 FORMAT = "pack-quantized"
 Scheme = tuple[int, bool]  # bits, whether symmetric
@@ -69,9 +70,8 @@ def kind(member: Member) -> str:
 def packed(member: Member) -> dict[str, Tensor]:
     """The tensors of one layer."""
     base = member.base
-    codes = unpack_nibbles(base.codes) if base.bits == 4 else base.codes.view(torch.uint8) ^ 128
     tensors = {
-        "weight_packed": pack(codes, base.bits),
+        "weight_packed": packed_codes(base),
         "weight_scale": base.scale.detach().clone(),
         "weight_shape": torch.tensor([base.m, base.n]),
     }
@@ -83,16 +83,9 @@ def packed(member: Member) -> dict[str, Tensor]:
                 f"{member.name} has a zero outside of its 4-bit codes, which this format cannot hold; "
                 "convert without --asymmetric"
             )
-        tensors["weight_zero_point"] = pack(base.zero.T.contiguous(), 4).T.contiguous()
+        down = nn.functional.pad(base.zero.T.to(torch.uint8), (0, -base.m % 8))
+        tensors["weight_zero_point"] = pack(down, 4).T.contiguous()
     return tensors
-
-
-def pack(values: Tensor, bits: int) -> Tensor:
-    """Values 0 … 2^bits − 1 (rows × any) as int32 (rows × ⌈any · bits / 32⌉), from the lowest bits of a word on."""
-    each = 32 // bits
-    padded = nn.functional.pad(values.to(torch.int64), (0, -values.shape[-1] % each)).unflatten(-1, (-1, each))
-    words = (padded << (bits * torch.arange(each))).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
 def _narrow(tensor: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def _dot(builder: Any, total: Any, w: Any, x: Any) -> Any:
     bytes_, shorts = _vector(BYTE, 4 * count), _vector(ir.IntType(16), 2 * count)
     w, x = builder.bitcast(w, bytes_), builder.bitcast(x, bytes_)
     if VNNI:
-        return _call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * count}", total.type, total, w, x)
+        words = [builder.bitcast(v, total.type) for v in (w, x)]  # as LLVM before 22 wants them, which later ones take
+        return _call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * count}", total.type, total, *words)
     if "avx2" in FEATURES and count == 8:
         pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, w, x)
         ones = _const(shorts, 1)
