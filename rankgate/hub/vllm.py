@@ -31,15 +31,14 @@ from vllm.model_executor.parameter import (
 )
 
 import rankgate.ops  # noqa: F401  registers kernels
-from rankgate.core import GatedGroup
 from rankgate.errors import RankgateError
 from rankgate.hub import stored
 from rankgate.hub.config import FORMAT, NAME
 from rankgate.quantized import GROUP, QuantizedGroup
 
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-ROWS = {"weight_packed", "weight_scale", "weight_zero_point", "low_rank_A", "refinement_packed", "refinement_row", "A"}
-COLUMNS = {"weight_packed", "weight_scale", "weight_zero_point", "low_rank_B", "refinement_packed", "B"}
+ROWS = {"weight_packed", "weight_scale", "weight_zero_point", "low_rank_A", "refinement_packed", "refinement_row"}
+COLUMNS = {"weight_packed", "weight_scale", "weight_zero_point", "low_rank_B", "refinement_packed"}
 VECTORS = {"refinement_column", "refinement_threshold"}  # whose only dimension is that of columns
 
 
@@ -98,20 +97,10 @@ class Config(QuantizationConfig):
         specs = [self.specs[name] for name in names if name in self.specs]
         if not specs:
             return []
-        if specs[0]["kind"] != QuantizedGroup.__name__ and specs[0].get("eps") is not None:
-            raise RankgateError(
-                f"{names[0]} has a gate on tokens, which vLLM cannot capture; convert by lrq, int8 or svd"
-            )
-        if specs[0]["kind"] not in {QuantizedGroup.__name__, GatedGroup.__name__}:
-            raise RankgateError(
-                f"{names[0]} is converted by a method that vLLM has no kernel for; convert by lrq or int8"
-            )
-        shared = {spec["shared"] for spec in specs}
-        whole = specs[0]["kind"] == QuantizedGroup.__name__ or specs[0]["start"] == 0
-        if len(specs) < len(names) or len(shared) > 1 or not whole:
-            raise RankgateError(
-                f"{' and '.join(names)} are one layer of vLLM, but not one input group; leave them dense"
-            )
+        if specs[0]["kind"] != QuantizedGroup.__name__:
+            raise RankgateError(f"{names[0]} is of a method that vLLM cannot run; convert by lrq, int8 or int4")
+        if len(specs) < len(names) or len({spec["shared"] for spec in specs}) > 1:
+            raise RankgateError(f"{', '.join(names)} are one layer of vLLM, but no input group; leave them dense")
         return specs
 
 
@@ -134,7 +123,7 @@ class Linear(LinearMethodBase):
     ) -> None:
         """Raises RankgateError if a shard of the inputs is no whole number of groups of 64."""
         n, m = input_size_per_partition, sum(output_partition_sizes)
-        if n != input_size and n % GROUP and self.spec["kind"] == QuantizedGroup.__name__:
+        if n != input_size and n % GROUP:
             raise RankgateError(
                 f"{self.spec['name']} has {input_size} inputs, of which each of {input_size // n} processes would get "
                 f"no whole groups of {GROUP}; use another --tensor-parallel-size"
@@ -148,8 +137,7 @@ class Linear(LinearMethodBase):
         for name in stored.shapes(self.spec, 0, 0, torch.float32):
             tensors[name] = getattr(layer, name).data
             delattr(layer, name)
-        n = tensors["B"].shape[1] if "B" in tensors else tensors["weight_scale"].shape[1] * GROUP
-        n = min(n, self.spec["n"])
+        n = min(tensors["weight_scale"].shape[1] * GROUP, self.spec["n"])
         layer.group = stored.build({**self.spec, "n": n}, [tensors])
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
