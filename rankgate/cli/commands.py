@@ -389,5 +389,6 @@ def serve(arguments: argparse.Namespace) -> None:
         say(f"loading {arguments.model}")
         model = open_any(arguments.model, arguments.device)
         context = context_length(model, arguments.context)
-        limits = Limits(context, arguments.max_body, arguments.max_queue, arguments.timeout, arguments.grace)
+        bounds = arguments.max_body, arguments.parallel, arguments.max_queue, arguments.timeout, arguments.grace
+        limits = Limits(context, *bounds)
         Server(model, limits, key).run(listener)

@@ -174,6 +174,7 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-body", type=positive, default=1 << 20, metavar="BYTES", help="of a request (default: 1 MiB)"
     )
+    group.add_argument("--parallel", type=positive, default=16, metavar="N", help="answers at once (default: 16)")
     group.add_argument("--max-queue", type=natural, default=64, metavar="N", help="requests that wait (default: 64)")
     group.add_argument(
         "--timeout", type=positive, default=300, metavar="SECONDS", help="of a request, waiting too (default: 300)"

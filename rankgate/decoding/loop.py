@@ -16,6 +16,7 @@ How long a capture lasts, and what it sees, is said in `steps`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -34,6 +35,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from rankgate.decoding.batch import Batch, Text
 from rankgate.decoding.begun import Begun
 from rankgate.decoding.steps import Steps, explain, failed
 from rankgate.errors import RankgateError
@@ -50,11 +52,16 @@ def decode(
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
     streamer: BaseStreamer | None = None,
+    *,
+    batch: Batch | None = None,
+    generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """What generate() calls in place of its own loop; see there for the arguments. Returns what it would.
 
     transformers does not hand its `streamer` to a custom loop: use `fast_generate`.
+    batch: read one text together with those of other threads. generator: where samples are drawn from, on the model's
+    device; without it torch's global one.
 
     Raises RankgateError in generation modes other than greedy, sampling and beams, and for beams with a streamer.
     """
@@ -66,29 +73,37 @@ def decode(
         raise RankgateError("a streamer cannot follow several beams: leave out streamer, or num_beams")
     forget_longest_(model)
     reason = unsupported(model, input_ids, generation_config, model_kwargs)
+    together = batch is not None and len(input_ids) == 1 and not _remembers_longest(model)
+    others = contextlib.nullcontext() if batch is None else batch.alone()
     if method != "_sample" or synced_gpus or reason is not None:
         if reason is not None:
             explain(model, reason)
         own = getattr(type(model), method)
-        return own(
-            model,
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
-            **model_kwargs,
-        )
+        with others:
+            if generator is not None:
+                torch.manual_seed(generator.initial_seed())
+            return own(
+                model,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
     threads = torch.get_num_threads()
+    steps = Steps(model, input_ids, model_kwargs)
+    if batch is not None and together:
+        steps = Text(batch, model, input_ids, model_kwargs)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.nullcontext() if together else others:
             input_ids = _loop(
-                Steps(model, input_ids, model_kwargs),
+                steps,
                 input_ids,
                 logits_processor,
                 stopping_criteria,
-                bool(generation_config.do_sample),
+                _Sampler(generator) if generation_config.do_sample else _largest,
                 cast(Any, generation_config)._pad_token_tensor,
                 streamer,
             )
@@ -114,12 +129,17 @@ def forget_longest_(model: PreTrainedModel) -> None:
                 setattr(module, f"{prefix}inv_freq", frequencies.to(model.device))
 
 
+def _remembers_longest(model: PreTrainedModel) -> bool:
+    """Whether positions of a text depend on the longest one so far, which others of a batch would change."""
+    return any(getattr(module, "rope_type", None) in {"dynamic", "longrope"} for module in model.modules())
+
+
 def _loop(
     steps: Steps,
     ids: Tensor,
     process: LogitsProcessorList,
     stop: StoppingCriteriaList,
-    sample: bool,
+    choose: Callable[[Tensor], Tensor],
     padding: Tensor | None,
     streamer: BaseStreamer | None,
 ) -> Tensor:
@@ -130,7 +150,7 @@ def _loop(
     try:
         while True:
             scores = process(cast(LongTensor, ids), cast(FloatTensor, step.result().to(torch.float32)))
-            token = _sample(torch.softmax(scores, dim=-1)) if sample else _largest(scores)
+            token = choose(scores)
             if fills:
                 token = torch.where(unfinished[:, None], token, cast(Tensor, padding).to(token.device))
             if not token.is_cuda:  # where others go on with it while this thread sees to what follows
@@ -156,11 +176,19 @@ def _largest(scores: Tensor) -> Tensor:
     return scores.argmax(dim=-1, keepdim=True)
 
 
-def _sample(probabilities: Tensor) -> Tensor:
-    """What torch.multinomial draws for one sample, without its wait for the GPU to check the probabilities."""
-    if probabilities.device.type == "cpu":
-        return torch.multinomial(probabilities, num_samples=1)
-    return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(dim=-1, keepdim=True)
+class _Sampler:
+    """Draws from scores, by a generator or the global one."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self.generator = generator
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """On a GPU what torch.multinomial would draw, without its wait for the GPU to check the probabilities."""
+        probabilities = torch.softmax(scores, dim=-1)
+        if probabilities.device.type == "cpu":
+            return torch.multinomial(probabilities, num_samples=1, generator=self.generator)
+        times = torch.empty_like(probabilities).exponential_(1, generator=self.generator)
+        return (probabilities / times).argmax(dim=-1, keepdim=True)
 
 
 class _News:

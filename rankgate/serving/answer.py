@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rankgate.decoding.batch import Batch
 from rankgate.decoding.loop import ONE_GREEDY, decode, fast_generate
 from rankgate.errors import RankgateError
 from rankgate.hub.opening import Opened
@@ -82,10 +85,11 @@ def answer(
     sampling: Sampling,
     emit: Callable[[Piece], None],
     stopped: Callable[[], bool],
+    batch: Batch,
 ) -> Answered:
     """Continue the tokens `prompt`, giving pieces of text to `emit`; `stopped` is asked after every token.
 
-    Seeds torch's global random numbers.
+    batch: with whose other answers this one shares its steps.
     """
     model, tokenizer = opened.model, opened.tokenizer
     ids = torch.tensor([list(prompt)], device=model.device)
@@ -94,8 +98,11 @@ def answer(
     stream = TextStream(tokenizer, sampling.stop, ends, emit, stopped, scorer)
     if sampling.echo:
         text, places = stream.read(prompt)
-        emit(Piece(text, [] if scorer is None else scorer.prompt(model, ids, places, stopped)))
-    torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+        with batch.alone() if scorer is not None else contextlib.nullcontext():
+            emit(Piece(text, [] if scorer is None else scorer.prompt(model, ids, places, stopped)))
+    generator = torch.Generator(model.device)
+    generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+    loop = functools.partial(decode, batch=batch, generator=generator)
     try:
         if sampling.tokens == 0:
             stream.end()
@@ -103,7 +110,7 @@ def answer(
         fast_generate(
             model,
             ids,
-            loop=decode if scorer is None else scorer.loop,
+            loop=loop if scorer is None else scorer.watching(loop),
             attention_mask=torch.ones_like(ids),
             max_new_tokens=sampling.tokens,
             streamer=stream,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rankgate.common.terminal import say
+from rankgate.decoding.batch import Batch
 from rankgate.hub.opening import Opened
 from rankgate.serving.answer import Sampling, answer, chat_tokens, context_length
 from rankgate.serving.stream import Piece
@@ -68,7 +69,7 @@ def said(opened: Opened, prompt: list[int], sampling: Sampling) -> str:
         print(piece, end="", flush=True)
 
     with interruption() as stopped:
-        answer(opened, prompt, sampling, emit, stopped.is_set)
+        answer(opened, prompt, sampling, emit, stopped.is_set, Batch(1))
     print(flush=True)
     return "".join(pieces)
 

@@ -1,4 +1,7 @@
-"""One model on one thread: requests of an event loop get their answers from it one after another, and can give up."""
+"""One model, and a thread for each answer on its way: requests of an event loop get theirs, and can give up.
+
+The answers share the steps of the model (`Batch`); what does not fit into one waits for its turn.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from itertools import pairwise
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from rankgate.decoding.batch import Batch
 from rankgate.hub.opening import Opened
 from rankgate.serving.answer import Answered, Sampling, answer
 from rankgate.serving.stream import Piece
@@ -123,28 +127,30 @@ class Metrics:
 
 
 class Engine:
-    """The thread that generates. queue: requests that may wait; seconds: the longest that one takes, waiting included.
+    """The threads that generate. parallel: answers at once; queue: requests that may wait for that; seconds: the
+    longest that one takes, waiting included.
 
     `submit` and `jobs` belong to the event loop.
     """
 
-    def __init__(self, opened: Opened, queue: int, seconds: float) -> None:
-        self.opened, self.queue, self.seconds = opened, queue, seconds
+    def __init__(self, opened: Opened, parallel: int, queue: int, seconds: float) -> None:
+        self.opened, self.parallel, self.queue, self.seconds = opened, parallel, queue, seconds
         self.jobs: set[Job] = set()
         self.metrics = Metrics(self.jobs)
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        self.batch = Batch(parallel)
+        self.threads = ThreadPoolExecutor(parallel, thread_name_prefix="generate")
 
     def warm_up(self) -> None:
-        """Compile what the first answer would wait for, on the thread that will need it."""
-        self.thread.submit(answer, self.opened, [0], WARM_UP, lambda _: None, lambda: False).result()
+        """Compile what the first answer would wait for."""
+        answer(self.opened, [0], WARM_UP, lambda _: None, lambda: False, self.batch)
 
     def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Job:
         """Put a request at the end of the queue. Raises QueueFull."""
-        if len(self.jobs) > self.queue:
+        if len(self.jobs) >= self.parallel + self.queue:
             raise QueueFull
         job = Job(self, prompts, sampling)
         self.jobs.add(job)
-        self.thread.submit(self._run, job, asyncio.get_running_loop())
+        self.threads.submit(self._run, job, asyncio.get_running_loop())
         return job
 
     def _run(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
@@ -167,7 +173,7 @@ class Engine:
         def say(what: Piece | Answered) -> None:
             loop.call_soon_threadsafe(job.say, Said(index, what))
 
-        answered = answer(self.opened, job.prompts[index], job.sampling, say, job.given_up.is_set)
+        answered = answer(self.opened, job.prompts[index], job.sampling, say, job.given_up.is_set, self.batch)
         if index == 0 and answered.times:
             self.metrics.first_token.observe(answered.times[0] - job.started)
         for one, two in pairwise(answered.times):
@@ -180,7 +186,7 @@ class Engine:
             job.end(ending)
 
     def close(self) -> None:
-        """Wait for the thread, when there is no event loop any more."""
+        """Wait for the threads, when there is no event loop any more."""
         for job in self.jobs:
             job.given_up.set()
-        self.thread.shutdown()
+        self.threads.shutdown()

@@ -18,7 +18,6 @@ from torch import LongTensor, Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from rankgate.decoding.loop import decode
 from rankgate.errors import RankgateError
 
 ROWS = 256  # tokens of a prompt whose logits are held at once
@@ -54,11 +53,13 @@ class Scorer(LogitsProcessor):
         self.seen = _Rows(scores, self.top)
         return scores
 
-    def loop(
-        self, model: PreTrainedModel, ids: Tensor, logits_processor: LogitsProcessorList, *args: Any, **how: Any
-    ) -> Any:
-        """The fast loop, seen before any other processor."""
-        return decode(model, ids, LogitsProcessorList([self, *logits_processor]), *args, **how)
+    def watching(self, loop: Callable[..., Any]) -> Callable[..., Any]:
+        """A loop of generate() that shows scores to this one before any other processor."""
+
+        def watched(model: PreTrainedModel, ids: Tensor, logits_processor: LogitsProcessorList, **how: Any) -> Any:
+            return loop(model, ids, LogitsProcessorList([self, *logits_processor]), **how)
+
+        return watched
 
     def chosen(self, token: int, at: int) -> Scored:
         """What was seen last, of which generate() took `token`."""

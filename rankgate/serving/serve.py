@@ -54,13 +54,14 @@ FAILURES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """context: tokens of prompt and answer together; body: bytes; queue: waiting requests; seconds: of one request.
+    """context: tokens of prompt and answer together; body: bytes; parallel: answers at once; queue: waiting requests.
 
-    grace: seconds that unfinished requests have when the server is told to stop.
+    seconds: of one request; grace: seconds that unfinished requests have when the server is told to stop.
     """
 
     context: int
     body: int
+    parallel: int
     queue: int
     seconds: float
     grace: int
@@ -105,7 +106,7 @@ class Server:
     def __init__(self, opened: Opened, limits: Limits, key: str | None) -> None:
         self.opened, self.limits, self.key = opened, limits, key
         self.name = served_name(opened.name)
-        self.engine = Engine(opened, limits.queue, limits.seconds)
+        self.engine = Engine(opened, limits.parallel, limits.queue, limits.seconds)
         self.http = Http(self.app(), self.engine, limits.grace)
 
     def run(self, listener: socket.socket) -> None:

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rankgate.hub.opening import Opened
 from rankgate.serving.serve import Limits, Server, listen
 
-LIMITS = {"context": 4000, "body": 20_000, "queue": 64, "seconds": 60.0, "grace": 5}
+LIMITS = {"context": 4000, "body": 20_000, "parallel": 4, "queue": 64, "seconds": 60.0, "grace": 5}
 LONG = {"model": "tiny-chat", "prompt": "a", "max_tokens": 3900, "temperature": 0}
 
 

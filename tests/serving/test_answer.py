@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
+from rankgate.decoding.batch import Batch
 from rankgate.hub.opening import Opened, open_any
 from rankgate.serving import answer as answering
 from rankgate.serving.answer import Sampling
@@ -43,7 +44,7 @@ def test_what_ends_an_answer(opened: Opened, monkeypatch: pytest.MonkeyPatch):
     for last, stop, model_ends, tokenizer_ends in cases:
         said[at], own.model.generation_config.eos_token_id, tokenizer.eos_token = last, model_ends, tokenizer_ends
         pieces: list[Piece] = []
-        answered = answering.answer(own, [5], Sampling(1000, stop=stop), pieces.append, lambda: False)
+        answered = answering.answer(own, [5], Sampling(1000, stop=stop), pieces.append, lambda: False, Batch(1))
         text = "".join(pieces)
         assert (text, answered.reason, len(answered.times)) == ("Paris.", "stop", at + 1)
         assert last in told["eos_token_id"]
@@ -62,7 +63,7 @@ def pieces_of(opened: Opened, prompt: str, monkeypatch: pytest.MonkeyPatch, text
     monkeypatch.setattr(answering, "fast_generate", says)
     pieces: list[Piece] = []
     ids = opened.tokenizer(prompt).input_ids
-    answering.answer(opened, ids, Sampling(1000, stop=stop), pieces.append, lambda: False)
+    answering.answer(opened, ids, Sampling(1000, stop=stop), pieces.append, lambda: False, Batch(1))
     return [str(piece) for piece in pieces]
 
 

@@ -277,7 +277,7 @@ def test_who_goes_away_makes_room(opened: Opened):
 
 
 def test_a_full_queue_refuses(opened: Opened):
-    with serving(opened, queue=1) as address, ThreadPoolExecutor(1) as pool:
+    with serving(opened, parallel=1, queue=1) as address, ThreadPoolExecutor(1) as pool:
         with begun(address):
             waiting = pool.submit(post, address, {**LONG, "max_tokens": 5})
             wait_for(lambda: metrics(address)["rankgate_unfinished",] == 2)
