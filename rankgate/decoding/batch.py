@@ -1,9 +1,9 @@
 """Texts that begin and end when they like, read together: continuous batching by captured steps.
 
 Every text is written by a thread of its own, in the loop that it would have alone (`loop`), with its own policy. What
-they share is the step: a `Text` is `Steps` whose `begin` only says which token comes next. The last to do so begins
-the step for all, and everybody finds the logits of his row in the result. So a batch has no queue and no plan: a text
-takes part from its second token on, and its row is free when it ends. Its prompt is read while the others wait.
+they share is the step: a `Text` is `Steps` whose `begin` only says which token comes next. Who is the last to wait for
+logits makes the step for all, and everybody finds those of his row. So a batch has no queue and no plan: a text takes
+part from its second token on, and its row is free when it ends. Its prompt is read while the others wait.
 
 There are captures for 1, 2, 4, ... sequences. The cache moves to larger ones when a text needs the place or the length,
 and to smaller ones when three quarters of the rows are empty.
@@ -33,9 +33,11 @@ class Batch:
     def __init__(self, most: int) -> None:
         self.most = most
         self.lock = threading.Condition()
+        self.turn = threading.Lock()  # of the text that works on its logits: together they would only wait for Python
         self.rows: list[Text | None] = []
         self.buffers: list[Tensor] = []  # keys and values, alternating: (rows, heads, capacity, width)
         self.capacity = 0
+        self.captures: dict[int, Capture] = {}  # by number of sequences
         self.step: Step | None = None  # bound to the buffers
         self.begun: Begun | None = None
         self.logits: Tensor | None = None  # (rows, vocabulary) after the last step
@@ -59,26 +61,40 @@ class Batch:
                 self._join(text)
             text.token, text.asks = token, True
             text.length += 1
-            self._begin_step()
+            if len(self.texts) == 1:
+                self._begin_step()
 
     def result(self, text: Text) -> Tensor:
         """Logits (1, vocabulary) after that token. Raises RankgateError if the step failed."""
+        self._end_turn(text)
         with self.lock:
+            text.waits = True
+            self._step_if_all_wait()
             while text.asks:
                 self.lock.wait()
+            text.waits = False
             if text.failure is not None:
                 raise RankgateError(f"the step failed: {text.failure}") from text.failure
             self._finish()
             assert self.logits is not None
-            return self.logits[text.row : text.row + 1]
+            logits = self.logits[text.row : text.row + 1]
+        self.turn.acquire()
+        text.has_turn = True
+        return logits
+
+    def _end_turn(self, text: Text) -> None:
+        if text.has_turn:
+            text.has_turn = False
+            self.turn.release()
 
     def leave(self, text: Text) -> None:
         """A text ends; the others go on."""
+        self._end_turn(text)
         with self.lock:
             if text in self.rows:
                 self.rows[self.rows.index(text)] = None
                 if self.texts:
-                    self._begin_step()
+                    self._step_if_all_wait()
                 elif self.begun is not None:
                     self.begun.cancel()
                     self.begun = None
@@ -96,11 +112,15 @@ class Batch:
         else:
             self.rows.append(text)
 
+    def _step_if_all_wait(self) -> None:
+        """Not before: threads that work on what came before would take processors from the step's."""
+        if all(text.asks and text.waits for text in self.texts):
+            self._begin_step()
+            self._finish()
+            self.lock.notify_all()
+
     def _begin_step(self) -> None:
-        """If all texts have said their next token."""
         texts = self.texts
-        if not all(text.asks for text in texts):
-            return
         self._finish()
         try:
             self._make_room()
@@ -115,7 +135,6 @@ class Batch:
                 text.failure = error
         for text in texts:
             text.asks = False
-        self.lock.notify_all()
 
     def _finish(self) -> None:
         if self.begun is not None:
@@ -159,7 +178,8 @@ class Text(Steps):
         super().__init__(model, input_ids, kwargs)
         self.batch, self.kwargs = batch, kwargs
         self.token = input_ids[:, :1]
-        self.asks = False  # for a step
+        self.asks = self.waits = False  # for a step
+        self.has_turn = False
         self.failure: Exception | None = None
         self.row = -1
         self.buffers: list[Tensor] = []  # keys and values, alternating: (heads, capacity, width)
@@ -188,6 +208,8 @@ class Text(Steps):
 
     def capture(self, sequences: int) -> Capture | None:
         """Of a step of so many sequences. Made by a trial on sequences of two tokens."""
+        if sequences in self.batch.captures:
+            return self.batch.captures[sequences]
         shape = sequences, 1
         known = self._known()
         if shape not in known:
@@ -200,7 +222,10 @@ class Text(Steps):
             trial.prompt()
             trial.next(ids[:, :1])
             known = self._known()
-        return known.get(shape)
+        found = known.get(shape)
+        if found is not None:
+            self.batch.captures[sequences] = found
+        return found
 
 
 def _power(count: int) -> int:

@@ -72,7 +72,9 @@ def decode(
     if streamer is not None and method != "_sample":
         raise RankgateError("a streamer cannot follow several beams: leave out streamer, or num_beams")
     forget_longest_(model)
-    reason = unsupported(model, input_ids, generation_config, model_kwargs)
+    reason = unsupported(
+        model, input_ids, generation_config, model_kwargs, known=batch is not None and bool(batch.captures)
+    )
     together = batch is not None and len(input_ids) == 1 and not _remembers_longest(model)
     others = contextlib.nullcontext() if batch is None else batch.alone()
     if method != "_sample" or synced_gpus or reason is not None:
@@ -236,20 +238,17 @@ def is_empty(layer: Any) -> bool:
 
 
 def unsupported(
-    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
+    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any], *, known: bool = False
 ) -> str | None:
-    """Why this call is left to the model, or None."""
+    """Why this call is left to the model, or None. known: whether this model has been found to be supported."""
     cache = kwargs.get("past_key_values")
     given = {name for name, value in kwargs.items() if value is not None}
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    own = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
     reasons = {
+        **({} if known else _unsupported_model(model)),
+        "an input elsewhere": input_ids.device != model.device,
         "too many sequences": input_ids.shape[0] > SEQUENCES,
         "padding that is not on the left": mask is not None and not _fills_left(mask, input_ids),
-        "an encoder": model.config.is_encoder_decoder,
-        "a device without kernels": model.device.type != "cpu" and not has_triton(model.device),
-        "several devices": any(t.device != model.device for t in (*model.parameters(), *model.buffers(), input_ids)),
-        "training mode": model.training,
         "a dictionary as result": config.return_dict_in_generate,
         "a prompt read in chunks": config.prefill_chunk_size is not None,
         "a cache other than a plain, empty, dynamic one": type(cache) is not DynamicCache
@@ -262,10 +261,20 @@ def unsupported(
         <= {"past_key_values", "position_ids", "use_cache", "logits_to_keep", "attention_mask"},
         "positions of its own": positions is not None
         and not _counts(positions, torch.ones_like(input_ids) if mask is None else mask),
-        "a step that could not be captured before": failed(model, len(input_ids)),
+        "a step that could not be captured before": not known and failed(model, len(input_ids)),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _unsupported_model(model: PreTrainedModel) -> dict[str, bool]:
+    device, own = model.device, {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
+    return {
+        "an encoder": model.config.is_encoder_decoder,
+        "a device without kernels": device.type != "cpu" and not has_triton(device),
+        "several devices": any(t.device != device for t in (*model.parameters(), *model.buffers())),
+        "training mode": model.training,
         "hooks on its modules": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
         "its own preparation of arguments": any(
             getattr(type(model), name) is not getattr(GenerationMixin, name) for name in own
         ),
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
