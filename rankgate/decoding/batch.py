@@ -131,6 +131,7 @@ class Batch:
             assert self.step is not None
             self.begun = self.step(torch.cat(tokens), torch.tensor(at, device=tokens[0].device))
         except Exception as error:
+            self.buffers = []  # the next text makes room anew
             for text in texts:
                 text.failure = error
         for text in texts:

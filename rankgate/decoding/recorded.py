@@ -37,7 +37,7 @@ class Recorded:
                 function(*inputs, *constants)
         torch.cuda.current_stream(self.token.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may prepare a text
             self.logits: Tensor = function(*inputs, *constants)
         self.constants = constants  # the graph holds their addresses
 

@@ -108,6 +108,7 @@ def test_a_step_that_fails_tells_every_text(monkeypatch):
     with pytest.raises(RankgateError, match="the step failed: out of memory"):
         write(model, ids, 3, batch)
     assert not batch.texts
+    assert torch.equal(write(model, ids, 9, batch), write(model, ids, 9))
 
 
 @pytest.mark.filterwarnings("ignore:.*without the fast path")

@@ -1,14 +1,18 @@
 """The fast loop on a GPU; skipped where there is none. The kernels themselves are in ops/test_gpu_kernels.py."""
 
+import functools
+
 import pytest
 import torch
 from conftest import tiny_model, tokens
+from test_batch import LENGTHS, NEW, together, write
 from test_decode import CAPTURED, METHODS, MODES, Recorder, both, captured, variant
 from transformers import PreTrainedModel
 
 from rankgate.conversion.calibration import calibrate
 from rankgate.conversion.convert import convert_
 from rankgate.decoding import steps as module
+from rankgate.decoding.batch import Batch
 from rankgate.decoding.exact import LONGEST, Costs, exact_generate
 from rankgate.decoding.loop import fast_generate
 from rankgate.methods import Int8Config
@@ -68,6 +72,16 @@ def test_a_sequence_within_a_sequence():
             assert torch.equal(fast_generate(model, ids, **options), alone)
 
     assert torch.equal(fast_generate(model, ids, streamer=Nested(), **options), alone)
+
+
+@pytest.mark.parametrize("method", ["dense", "lrq"])
+def test_texts_of_a_batch_are_as_alone(method: str):
+    model, batch = on_gpu("llama", method), Batch(4)
+    calls = [
+        functools.partial(write, model, tokens(1, n, seed=n).cuda(), new) for n, new in zip(LENGTHS, NEW, strict=True)
+    ]
+    for got, call in zip(together(batch, calls), calls, strict=True):
+        assert torch.equal(got, call())
 
 
 @pytest.mark.parametrize("architecture", sorted(CAPTURED))
