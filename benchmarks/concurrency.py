@@ -77,7 +77,7 @@ def servers(folder: Path, vllm: str | None) -> dict[str, list[str]]:
         model.save_pretrained(folder / "dense")
         tokenizer.save_pretrained(folder / "dense")
         for name, directory in (("lrq by our plugin", "lrq"), ("W4A16 export", "w4a16"), ("dense", "dense")):
-            engine = [vllm, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / directory)]
+            engine = [vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / directory)]
             limits = ["--max-model-len", "512", "--max-num-seqs", str(max(CONCURRENCY)), "--dtype", "bfloat16"]
             found[f"vllm serve, {name}"] = [*engine, *limits, "--port", str(PORT)]
     return found

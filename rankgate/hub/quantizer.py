@@ -65,6 +65,11 @@ class RankgateQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from rankgate.hub.loading import refuse_missing_
 
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise RankgateError(
+                "transformers cannot shard converted weights; leave out distributed_config and tp_plan, or serve the "
+                "model by vLLM with --tensor-parallel-size (pip install 'rankgate[vllm]')"
+            )
         refuse_missing_(model, converted=self.pre_quantized)
         if self.pre_quantized:
             import torch

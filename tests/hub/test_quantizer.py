@@ -230,3 +230,11 @@ def test_what_is_offloaded_is_refused(tmp_path):
             AutoModelForCausalLM.from_pretrained(
                 tmp_path / folder, device_map=places, offload_folder=tmp_path / "spilled", **config
             )
+
+
+def test_sharding_by_transformers_is_refused(tmp_path):
+    """Its layers know their parameters by names that converted ones do not have."""
+    model = opened(tmp_path, method="int8")
+    model.config.distributed_config = {"tp_size": 2}  # as from_pretrained leaves it there
+    with pytest.raises(RankgateError, match="cannot shard converted weights"):
+        model.hf_quantizer.preprocess_model(model)
