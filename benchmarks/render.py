@@ -12,6 +12,7 @@ import attention
 import attention_quality
 import attention_speed
 import calibration
+import concurrency
 import controls
 import curve
 import exact
@@ -117,6 +118,7 @@ def results() -> Iterator[str]:
     yield from of_each(exact.section, "exact")
     yield harness.section(load("harness"))
     yield serving.section(load("serving"))
+    yield concurrency.section(load("concurrency"))
     yield from of_each(gpu_decode.section, "gpu_decode")
     yield from of_each(gpu_kernels.section, "gpu_kernels")
     yield "![bandwidth against bytes read, for each kernel](roofline.png)\n"
