@@ -175,7 +175,7 @@ def test_infinity_is_no_json_and_nan_an_error(opened: Opened):
 def test_the_ordinary_loop_reports_the_same(address: str, monkeypatch: pytest.MonkeyPatch):
     fast = complete(address, logprobs=2)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="without the fast path: a reason"):
-        patch.setattr(loop, "unsupported", lambda *_: "a reason")
+        patch.setattr(loop, "unsupported", lambda *_, **__: "a reason")
         slow = complete(address, logprobs=2)
     assert slow["text"] == fast["text"]
     assert slow["logprobs"]["token_logprobs"] == pytest.approx(fast["logprobs"]["token_logprobs"], **TOLERANCE)
