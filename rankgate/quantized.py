@@ -205,7 +205,7 @@ class QuantizedGroup(LinearGroup):
     def __init__(self, base: QuantizedMatrix, low_rank: LowRank | None, refinement: Refinement | None) -> None:
         super().__init__(base.m, base.n)
         self.base, self.low_rank, self.refinement = base, low_rank, refinement
-        self._table: np.ndarray | None = None
+        self._table = _no_table()
         self._described: list[tuple[int, torch.dtype] | None] = []  # the storage that it is of
 
     @classmethod
@@ -290,12 +290,8 @@ class QuantizedGroup(LinearGroup):
 
     def table(self) -> int:
         """Address of the group's `table_of`, written anew when storage has changed: captured steps keep the address."""
-        if self._table is None or self._described != self._storage():
-            table = table_of(self.n, self.parts)
-            if self._table is None:
-                self._table = table
-            else:
-                self._table[:] = table
+        if self._described != self._storage():
+            self._table[:] = table_of(self.n, self.parts)
             self._described = self._storage()
         return self._table.ctypes.data
 
@@ -303,11 +299,16 @@ class QuantizedGroup(LinearGroup):
         return [None if tensor is None else (tensor.data_ptr(), tensor.dtype) for tensor in self.tensors]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_table": None, "_described": []}
+        return {**super().__getstate__(), "_table": _no_table(), "_described": []}
 
     def extra_repr(self) -> str:
         rank = self.low_rank.rank if self.low_rank else 0
         return f"bits={self.base.bits}, rank={rank}, refined={self.refinement is not None}"
+
+
+def _no_table() -> np.ndarray:
+    """Room for a `table_of`, whose address is one for good: another thread may have read it already."""
+    return np.zeros(4 + len(PART_DTYPES), np.int64)
 
 
 def table_of(n: int, parts: list[Tensor | None]) -> np.ndarray:

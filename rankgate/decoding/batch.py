@@ -147,7 +147,7 @@ class Batch:
         texts = self.texts
         rows, longest = _power(len(texts)), max(text.length for text in texts)
         held = self.buffers[0].shape[0] if self.buffers else 0
-        if rows <= held < 4 * rows and longest <= self.capacity:
+        if rows <= held < 4 * rows and len(self.rows) <= held and longest <= self.capacity:
             for row, text in enumerate(self.rows):
                 if text is not None and text.row < 0:
                     self._move(text, self.buffers, row)
@@ -190,7 +190,7 @@ class Text(Steps):
             if not self.token.is_cuda:
                 torch.set_num_threads(team.size())
             logits = super().prompt()
-            self.buffers = [buffer[0] for buffer in self.reserved()]
+            self.buffers = [buffer[0] for buffer in self._reserved(self.length)]
             return logits
 
     def begin(self, token: Tensor) -> Begun:

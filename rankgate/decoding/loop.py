@@ -71,17 +71,18 @@ def decode(
         raise RankgateError(f"the fast loop has no {mode.value}: call generate() without custom_generate")
     if streamer is not None and method != "_sample":
         raise RankgateError("a streamer cannot follow several beams: leave out streamer, or num_beams")
+    known = batch is not None and bool(batch.captures)
+    if batch is not None and (len(input_ids) > 1 or (not known and _remembers_longest(model))):
+        given = model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer
+        with batch.alone():
+            return decode(*given, generator=generator, **model_kwargs)
     forget_longest_(model)
-    reason = unsupported(
-        model, input_ids, generation_config, model_kwargs, known=batch is not None and bool(batch.captures)
-    )
-    together = batch is not None and len(input_ids) == 1 and not _remembers_longest(model)
-    others = contextlib.nullcontext() if batch is None else batch.alone()
+    reason = unsupported(model, input_ids, generation_config, model_kwargs, known=known)
     if method != "_sample" or synced_gpus or reason is not None:
         if reason is not None:
             explain(model, reason)
         own = getattr(type(model), method)
-        with others:
+        with contextlib.nullcontext() if batch is None else batch.alone():
             if generator is not None:
                 torch.manual_seed(generator.initial_seed())
             return own(
@@ -95,13 +96,10 @@ def decode(
                 **model_kwargs,
             )
     threads = torch.get_num_threads()
-    steps = Steps(model, input_ids, model_kwargs)
-    if batch is not None and together:
-        steps = Text(batch, model, input_ids, model_kwargs)
     try:
-        with torch.no_grad(), contextlib.nullcontext() if together else others:
+        with torch.no_grad():
             input_ids = _loop(
-                steps,
+                Steps(model, input_ids, model_kwargs) if batch is None else Text(batch, model, input_ids, model_kwargs),
                 input_ids,
                 logits_processor,
                 stopping_criteria,

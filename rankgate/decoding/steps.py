@@ -260,10 +260,6 @@ class Steps:
                 torch.set_num_threads(1)
         return self.steps[ids.shape](ids, positions)
 
-    def reserved(self) -> list[Tensor]:
-        """Keys and values of every layer, alternating, as the prompt left them."""
-        return _buffers(self.layers)
-
     def _reserved(self, length: int) -> list[Tensor]:
         """Keys and values of every layer, alternating, with room for `length` tokens; the prompt has been read."""
         if length > self.capacity:

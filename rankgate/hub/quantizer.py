@@ -60,7 +60,7 @@ class RankgateQuantizer(HfQuantizer):
             for name, tensor in model.state_dict().items()
             if name not in aliases and not name.startswith(inside)
         }
-        return {**others, **tensors_of(model, grouped)}, {}
+        return {**others, **tensors_of(grouped)}, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from rankgate.hub.loading import refuse_missing_

@@ -67,7 +67,7 @@ def packed_codes(base: QuantizedMatrix) -> Tensor:
     return pack(unpack_nibbles(base.codes) if base.bits == 4 else base.codes, base.bits)
 
 
-def tensors_of(model: PreTrainedModel, grouped: dict[str, GroupedLinear]) -> dict[str, Tensor]:
+def tensors_of(grouped: dict[str, GroupedLinear]) -> dict[str, Tensor]:
     """What is stored of the members of groups, by name of the tensor."""
     planes: dict[LinearGroup, Tensor] = {}  # of the last group only: its codes of E, one to a byte
     found: dict[str, Tensor] = {}

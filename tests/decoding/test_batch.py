@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 from test_decode import CAPTURED, Recorder, captured, variant
+from transformers import DynamicCache
 
 from rankgate import RankgateError
 from rankgate.decoding import batch as module
-from rankgate.decoding.batch import Batch
+from rankgate.decoding.batch import Batch, Text
 from rankgate.decoding.loop import decode, fast_generate
+from rankgate.decoding.steps import Steps
 
 LENGTHS, NEW = (1, 7, 30, 12, 3, 19), (20, 33, 8, 40, 11, 26)
 
@@ -116,3 +118,21 @@ def test_what_cannot_be_captured_is_written_in_turn():
     calls = [functools.partial(write, model, tokens(1, n, seed=n), 10) for n in (4, 9)]
     for got, call in zip(together(Batch(2), calls), calls, strict=True):
         assert torch.equal(got, call())
+
+
+def test_a_text_takes_the_row_of_one_that_left_before_their_first_step():
+    model, batch = tiny_model("llama"), Batch(4)
+
+    def begun(batch):
+        cache = DynamicCache(config=model.config)
+        kwargs = {"past_key_values": cache, "use_cache": True, "position_ids": torch.arange(5)[None]}
+        ids = tokens(1, 5, seed=2)
+        text = Text(batch, model, ids, kwargs) if batch is not None else Steps(model, ids, kwargs)
+        text.prompt()
+        return text.begin(tokens(1, 1))
+
+    with torch.no_grad():
+        first, second = begun(batch), begun(batch)
+        first.cancel()
+        assert torch.allclose(second.result(), begun(None).result(), atol=1e-5)
+        second.cancel()

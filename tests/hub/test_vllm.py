@@ -47,7 +47,7 @@ def loaded(layer: nn.Module, tensors: dict[str, Tensor], members: dict[str, obje
 def test_shards_of_joined_layers_are_the_whole_ones(method, monkeypatch):
     model = converted(method)
     layers = dict(converted_layers(model))
-    tensors, config = tensors_of(model, layers), Config(describe(model))
+    tensors, config = tensors_of(layers), Config(describe(model))
     prefix, x = "model.layers.1", torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     qkv, merged, rows = [], [], []
     for rank in range(TP):

@@ -29,7 +29,9 @@ def serving(opened: Opened, key: str | None = None, **limits: float) -> Iterator
     thread = threading.Thread(target=server.run, args=(listener,))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert httpx2.get(f"{address}/health", timeout=60).is_success  # it answers when it has warmed up
+        yield address
     finally:
         server.http.should_exit = True
         thread.join(20)

@@ -8,6 +8,7 @@ are read-only, a disk that is full) they are compiled in every process, with one
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache, cached_property
@@ -92,6 +93,7 @@ class Kernel:
 
     def __init__(self, function: Callable[[int, int], None]) -> None:
         self.function = function
+        self.lock = threading.Lock()  # what is compiled twice is freed once, and programs hold its address
         self.__doc__ = function.__doc__
 
     @cached_property
@@ -105,4 +107,5 @@ class Kernel:
     @cached_property
     def address(self) -> int:
         """Where its machine code begins."""
-        return int(self._compiled.address)
+        with self.lock:
+            return int(self._compiled.address)
