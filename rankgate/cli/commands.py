@@ -29,22 +29,26 @@ if TYPE_CHECKING:
 
 
 def opened(arguments: argparse.Namespace) -> Opened:
+    from rankgate.conversion.processes import join, leads
     from rankgate.hub.opening import open_dense
 
-    say(f"loading {arguments.model}")
+    join(arguments.device)
+    if leads():
+        say(f"loading {arguments.model}")
     return open_dense(arguments.model, arguments.device)
 
 
 def calibrated(
     model: Opened, arguments: argparse.Namespace, apart_from: Tensor | None = None, *, sensitivity: bool = False
 ) -> Stats:
-    """Statistics as the options ask for them."""
+    """Statistics as the options ask for them. Of several processes only the first one returns."""
+    from rankgate.conversion.processes import joined, leads, part
     from rankgate.reporting.pipeline import statistics
 
     text = calibration_text(arguments)
-    if arguments.stats is None or not Path(arguments.stats).exists():
+    if leads() and (arguments.stats is None or not Path(arguments.stats).exists()):
         say(f"calibrating on {arguments.calibration_tokens:,} tokens of {text}")
-    return statistics(
+    stats = statistics(
         model,
         text,
         arguments.calibration_tokens,
@@ -52,8 +56,11 @@ def calibrated(
         file=arguments.stats,
         sensitivity=sensitivity,
         apart_from=apart_from,
-        progress=True,
+        progress=leads(),
+        processes=joined(),
     )
+    part()
+    return stats
 
 
 def finish(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -115,6 +122,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from rankgate.common.files import atomic_path
     from rankgate.conversion.convert import convert_
     from rankgate.conversion.plan import Budget, load_settings
+    from rankgate.conversion.processes import part
     from rankgate.hub import checkpoint
     from rankgate.reporting.pipeline import provenance
 
@@ -134,6 +142,7 @@ def convert(arguments: argparse.Namespace) -> None:
         model = opened(arguments)
         sensitivity = method is None or method.needs_sensitivity
         stats = calibrated(model, arguments, sensitivity=sensitivity) if method is None or method.needs_stats else None
+        part()
         origin = provenance(model, stats)
         if budget is not None:
             assert stats is not None

@@ -34,12 +34,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from rankgate.common.files import atomic_path
 from rankgate.common.passes import backward_from_sampled_labels, evaluation_mode, gradients_from_embedding
 from rankgate.common.progress import track
 from rankgate.conversion.groups import input_groups, linears, shape
+from rankgate.conversion.processes import add_up_, share_of
 from rankgate.conversion.windows import run_hashes
 from rankgate.core import widen
 from rankgate.errors import RankgateError
@@ -126,12 +128,15 @@ def calibrate(
     sensitivity: bool = False,
     batch_size: int = 4,
     progress: bool = False,
+    processes: ProcessGroup | None = None,
 ) -> Stats:
     """Run `model` over `windows` (count × context token ids) and return the statistics of its input groups.
 
     sensitivity: also measure the Fisher diagonal of the outputs, which `lrq` needs.
-    Raises RankgateError when an activation is not finite.
+    processes: all call this with the same model and windows; each reads some of these, and returns the whole.
+    Raises RankgateError when an activation is not finite, or if there are fewer windows than processes.
     """
+    own = windows if processes is None else share_of(windows, processes)
     digest = fingerprint(model)
     members = input_groups(model)
     fisher = measure_sensitivity(model, members, windows, progress=progress) if sensitivity else {}
@@ -141,9 +146,11 @@ def calibrate(
     for number, some in enumerate(passes, 1):
         label = f"calibrating {number}/{len(passes)}" if len(passes) > 1 else "calibrating"
         with accumulate(model, some, stride) as gathered, torch.inference_mode(), evaluation_mode(model):
-            for batch in track(windows.split(batch_size), label, enabled=progress):
+            for batch in track(own.split(batch_size), label, enabled=progress):
                 model.base_model(input_ids=batch.to(model.device), use_cache=False)
         for group in gathered:
+            if processes is not None:
+                add_up_(group, processes)
             finish(group)
             group.C, group.sample = group.C.cpu(), group.sample.cpu()
             if group.members in fisher:

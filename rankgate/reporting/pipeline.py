@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from rankgate.attention.attend import AttentionConfig, select_tokens_
@@ -18,6 +19,7 @@ from rankgate.attention.heads import check_share, try_heads
 from rankgate.conversion.calibration import Stats, calibrate, fingerprint
 from rankgate.conversion.convert import LayerReport, convert_, twin
 from rankgate.conversion.evaluation import Evaluation, TextComparison, compare_text, continuations, evaluate
+from rankgate.conversion.processes import leads
 from rankgate.conversion.windows import overlap, run_hashes
 from rankgate.errors import RankgateError
 from rankgate.hub.checkpoint import Provenance
@@ -39,9 +41,11 @@ def statistics(
     sensitivity: bool = False,
     apart_from: Tensor | None = None,
     progress: bool = False,
+    processes: ProcessGroup | None = None,
 ) -> Stats:
     """Calibration statistics: read from `file` if it exists, otherwise measured on `text` and saved there.
 
+    processes: see `calibrate`; the first one saves.
     Raises RankgateError, before any work, if the text overlaps the windows `apart_from`.
     """
     if file is not None and Path(file).exists():
@@ -56,9 +60,9 @@ def statistics(
     if apart_from is not None:
         check_text(apart_from, hashes, allow=False)
     if stats is None:
-        stats = calibrate(opened.model, windows, sensitivity=sensitivity, progress=progress)
+        stats = calibrate(opened.model, windows, sensitivity=sensitivity, progress=progress, processes=processes)
         stats.text = str(Path(text).absolute()) if Path(text).is_file() else text
-        if file is not None:
+        if file is not None and leads():
             stats.save(file)
     return stats
 
