@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankgate.cli.inputs import calibrated, calibrated_for, opened
 from rankgate.cli.options import (
     calibration_text,
     chosen_attention,
@@ -20,47 +21,10 @@ from rankgate.common.terminal import return_freed_memory, say, show_table
 from rankgate.errors import RankgateError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rankgate.conversion.calibration import Stats
     from rankgate.conversion.plan import Budget, Plan
     from rankgate.hub.opening import Opened
     from rankgate.methods import Method
-
-
-def opened(arguments: argparse.Namespace) -> Opened:
-    from rankgate.conversion.processes import join, leads
-    from rankgate.hub.opening import open_dense
-
-    join(arguments.device)
-    if leads():
-        say(f"loading {arguments.model}")
-    return open_dense(arguments.model, arguments.device)
-
-
-def calibrated(
-    model: Opened, arguments: argparse.Namespace, apart_from: Tensor | None = None, *, sensitivity: bool = False
-) -> Stats:
-    """Statistics as the options ask for them. Of several processes only the first one returns."""
-    from rankgate.conversion.processes import joined, leads, part
-    from rankgate.reporting.pipeline import statistics
-
-    text = calibration_text(arguments)
-    if leads() and (arguments.stats is None or not Path(arguments.stats).exists()):
-        say(f"calibrating on {arguments.calibration_tokens:,} tokens of {text}")
-    stats = statistics(
-        model,
-        text,
-        arguments.calibration_tokens,
-        arguments.context,
-        file=arguments.stats,
-        sensitivity=sensitivity,
-        apart_from=apart_from,
-        progress=leads(),
-        processes=joined(),
-    )
-    part()
-    return stats
 
 
 def finish(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -122,7 +86,6 @@ def convert(arguments: argparse.Namespace) -> None:
     from rankgate.common.files import atomic_path
     from rankgate.conversion.convert import convert_
     from rankgate.conversion.plan import Budget, load_settings
-    from rankgate.conversion.processes import part
     from rankgate.hub import checkpoint
     from rankgate.reporting.pipeline import provenance
 
@@ -140,9 +103,7 @@ def convert(arguments: argparse.Namespace) -> None:
     plan = None
     with atomic_path(arguments.output) as temporary:
         model = opened(arguments)
-        sensitivity = method is None or method.needs_sensitivity
-        stats = calibrated(model, arguments, sensitivity=sensitivity) if method is None or method.needs_stats else None
-        part()
+        stats = calibrated_for(method, model, arguments)
         origin = provenance(model, stats)
         if budget is not None:
             assert stats is not None
@@ -256,9 +217,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         model = opened(arguments)
         windows = model.windows(evaluation_text(arguments), arguments.tokens, arguments.context)
         apart_from = None if arguments.in_sample else windows
-        stats = None
-        if method is not None and method.needs_stats:
-            stats = calibrated(model, arguments, apart_from, sensitivity=method.needs_sensitivity)
+        stats = None if method is None else calibrated_for(method, model, arguments, apart_from)
         text, in_sample = calibration_text(arguments), arguments.in_sample
         attention = attention_config(model, settings, text, windows, in_sample=in_sample, progress=True)
         reference = Reference.of(model, windows, arguments.prompts)
@@ -294,7 +253,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> None:
         model = open_any(arguments.model, arguments.device)
     else:
         model = opened(arguments)
-        stats = calibrated(model, arguments, sensitivity=method.needs_sensitivity) if method.needs_stats else None
+        stats = calibrated_for(method, model, arguments)
         convert_(model.model, method, stats, lm_head=arguments.lm_head, consume=True, progress=True)
     say(f"running {arguments.tasks}")
     scores = run_tasks(model, arguments.tasks.split(","), folder=arguments.tasks_path, limit=arguments.limit)

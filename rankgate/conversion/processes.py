@@ -37,15 +37,16 @@ def joined() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
-def leads() -> bool:
+def leads(processes: dist.ProcessGroup | None) -> bool:
     """Whether this process is the first of them, or the only one."""
-    return joined() is None or dist.get_rank() == 0
+    return processes is None or dist.get_rank(processes) == 0
 
 
 def part() -> None:
     """Go on without the others: the first one with what follows, the others to their end (raises SystemExit)."""
-    if joined() is not None:
-        first = leads()
+    processes = joined()
+    if processes is not None:
+        first = leads(processes)
         dist.destroy_process_group()
         if not first:
             raise SystemExit(0)

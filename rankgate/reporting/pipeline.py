@@ -62,7 +62,7 @@ def statistics(
     if stats is None:
         stats = calibrate(opened.model, windows, sensitivity=sensitivity, progress=progress, processes=processes)
         stats.text = str(Path(text).absolute()) if Path(text).is_file() else text
-        if file is not None and leads():
+        if file is not None and leads(processes):
             stats.save(file)
     return stats
 
