@@ -4,7 +4,7 @@ An input group (q/k/v, gate/up) is one matrix W (m × n) here, its members' rows
 
     y = Q x  +  A (B x)  +  Σ_{j : |x_j| > t_j} E_j x_j
 
-`Q`     4 or 8 bits, always read: W in groups of 64 inputs with one scale (and, if asymmetric, one zero) each.
+`Q`     4 or 8 bits, always read: W in groups of 64 or 32 inputs with one scale (and, if asymmetric, one zero) each.
 `A B`   the always-on subspace: a low-rank correction of the rounding error, 8 bits with a scale per component.
 `E`     the refinement plane, 4 bits, stored by column: channel j is read by the tokens whose x_j exceeds t_j.
 
@@ -15,6 +15,7 @@ y from the tensors of a group, or from a table that says where they are. Backend
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from torch.nn import functional as F
 from rankgate.core import ELSEWHERE, ChannelGate, GroupedLinear, LinearGroup, frozen, operators, widen
 from rankgate.errors import RankgateError
 
-GROUP = 64  # inputs that share a scale
+GROUP = 64  # inputs of a block, which codes are padded to and packed in: one group with one scale, or two
+GROUP_SIZES = (GROUP, GROUP // 2)
 COLUMN_ROWS = 128  # rows of a column that lie side by side: 64 bytes, one cache line
 PART_DTYPES = (  # of `QuantizedGroup.parts`
     *((torch.uint8, torch.int8), (torch.bfloat16,), (torch.int8,)),
@@ -34,11 +36,36 @@ PART_DTYPES = (  # of `QuantizedGroup.parts`
 NIBBLE_ZERO = 8  # what the nibble of a weight of zero is on a symmetric grid
 
 
-def grid(bits: int) -> tuple[int, int, int]:
-    """Lowest and highest code, and the code of zero on a symmetric grid. Raises RankgateError unless 4 or 8 bits."""
-    if bits not in (4, 8):
-        raise RankgateError(f"{bits} bits are not supported; use 4 or 8")
-    return (0, 15, NIBBLE_ZERO) if bits == 4 else (-128, 127, 0)
+@dataclass(frozen=True)
+class Grid:
+    """Which values codes stand for: W ≈ s (q − z), s and z shared by `group_size` inputs of a row.
+
+    bits: 4 or 8. symmetric: z is `offset`, and not stored. Raises RankgateError for other bits and group sizes.
+    """
+
+    bits: int = 4
+    symmetric: bool = True
+    group_size: int = GROUP
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise RankgateError(f"{self.bits} bits are not supported; use 4 or 8")
+        if self.group_size not in GROUP_SIZES:
+            raise RankgateError(f"a group size of {self.group_size} is not supported; use 32 or 64")
+
+    @property
+    def low(self) -> int:
+        """The lowest code."""
+        return 0 if self.bits == 4 else -128
+
+    @property
+    def high(self) -> int:
+        return 15 if self.bits == 4 else 127
+
+    @property
+    def offset(self) -> int:
+        """The code of zero on a symmetric grid."""
+        return NIBBLE_ZERO if self.bits == 4 else 0
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -86,10 +113,10 @@ def as_stored(tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.dev
 
 
 class QuantizedMatrix(Packed):
-    """W ≈ s (q − z), groups of 64 along n.
+    """W ≈ s (q − z), groups of 64 or 32 along n.
 
-    codes: (m, ⌈n/64⌉·64) int8, or (m, ⌈n/64⌉·32) uint8 holding two 4-bit codes each.  scale: (m, ⌈n/64⌉) bfloat16.
-    zero: (m, ⌈n/64⌉) int8, or None on a symmetric grid (z = 8 at 4 bits, 0 at 8).
+    codes: (m, ⌈n/64⌉·64) int8, or (m, ⌈n/64⌉·32) uint8 holding two 4-bit codes each.  scale: (m, groups) bfloat16.
+    zero: (m, groups) int8, or None on a symmetric grid (z = 8 at 4 bits, 0 at 8).  groups: ⌈n/64⌉, or twice as many.
     """
 
     def __init__(self, n: int, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
@@ -113,10 +140,14 @@ class QuantizedMatrix(Packed):
     def m(self) -> int:
         return self.codes.shape[0]
 
+    @property
+    def group_size(self) -> int:
+        return self.codes.shape[1] * 8 // self.bits // self.scale.shape[1]
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W (m × n)."""
         codes = unpack_nibbles(self.codes).to(torch.int8) if self.bits == 4 else self.codes
-        grouped = codes.unflatten(-1, (-1, GROUP)).float()
+        grouped = codes.unflatten(-1, (self.scale.shape[1], -1)).float()
         zero: Tensor | int = NIBBLE_ZERO if self.bits == 4 else 0
         if self.zero is not None:
             zero = self.zero.float()[..., None]
@@ -308,19 +339,27 @@ class QuantizedGroup(LinearGroup):
 
 def _no_table() -> np.ndarray:
     """Room for a `table_of`, whose address is one for good: another thread may have read it already."""
-    return np.zeros(4 + len(PART_DTYPES), np.int64)
+    return np.zeros(5 + len(PART_DTYPES), np.int64)
 
 
 def table_of(n: int, parts: list[Tensor | None]) -> np.ndarray:
-    """int64: m, n, bits of Q, rank of A B, and the addresses of `QuantizedGroup.parts`, 0 where there is none.
+    """int64: m, n, bits of Q, its groups in a block of 64, rank of A B, and the addresses of `QuantizedGroup.parts`.
+
+    An address is 0 where there is no such part.
 
     For a kernel that is called for every token: unpacking ten tensors would cost more than a small product. Valid while
     the tensors stay where they are.
     """
-    codes, A = parts[0], parts[3]
-    assert codes is not None and all(part is None or part.is_contiguous() for part in parts)
-    shape = [codes.shape[0], n, 4 if codes.dtype == torch.uint8 else 8, 0 if A is None else A.shape[1]]
+    codes, scale, _, A, *_ = parts
+    assert codes is not None and scale is not None and all(part is None or part.is_contiguous() for part in parts)
+    bits, rank = 4 if codes.dtype == torch.uint8 else 8, 0 if A is None else A.shape[1]
+    shape = [codes.shape[0], n, bits, groups_of(scale, n), rank]
     return np.array(shape + [0 if part is None else part.data_ptr() for part in parts], np.int64)
+
+
+def groups_of(scale: Tensor, n: int) -> int:
+    """1 or 2: groups in a block of 64, of a matrix with n inputs and this scale."""
+    return scale.shape[1] // -(-n // GROUP)
 
 
 def linear(x: Tensor, parts: list[Tensor | None]) -> Tensor:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "lrq"
 NAMES = ("gsi", "svd", "asvd", "lrq", "int8", "int4", "sparse")
-SETTINGS = ("rank", "eps", "energy", "basis", "bits", "refine", "symmetric", "keep", "allow_larger")
+SETTINGS = ("rank", "eps", "energy", "basis", "bits", "refine", "symmetric", "group_size", "keep", "allow_larger")
 ATTENTION = ("tau", "window", "cascade", "stride", "keys")
 UNLESS_GIVEN: dict[str, dict[str, Any]] = {"svd": {"energy": 0.9}, "asvd": {"rank": 0.5}}  # where one of two is needed
 
@@ -38,6 +38,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--asymmetric", dest="symmetric", action="store_const", const=False, help="lrq: a zero point beside each scale"
     )
+    group.add_argument("--group-size", type=int, metavar="32|64", help="lrq: inputs that share a scale (default: 64)")
     group.add_argument("--keep", type=float, metavar="SHARE", help="sparse: channels that are read (default: 0.5)")
     group.add_argument(
         "--allow-larger",

@@ -46,7 +46,7 @@ from rankgate.methods.base import members
 from rankgate.methods.given import GroupStats, Linear
 from rankgate.methods.planned import PlannedConfig, Setting, assemble, quantize
 from rankgate.methods.quantize import Metric, output_weights, predicted_loss, spectrum
-from rankgate.quantized import QuantizedGroup
+from rankgate.quantized import Grid, QuantizedGroup
 
 REFERENCE = Setting(4, rank=16)  # what a group's KL is measured with
 QUICK = (Setting(8), REFERENCE)
@@ -356,7 +356,7 @@ def predicted_losses(
     left -= reference.low_rank.dequantize()
     losses = {REFERENCE: predicted_loss(left, metric, D)}
     if ranks := [s.rank for s in settings if s.bits == 4 and not s.refine and s != REFERENCE]:
-        sigma = spectrum(W, stats.C, stats.sensitivity, REFERENCE.bits, True, max(ranks))
+        sigma = spectrum(W, stats.C, stats.sensitivity, Grid(REFERENCE.bits), max(ranks))
         restored = [0.0, *(sigma.double().square().cumsum(0) / 2).tolist()]
         for rank in ranks:  # as a correction of one round restores
             losses[Setting(4, rank)] = max(0.0, rounded - restored[min(rank, len(sigma))])

@@ -46,6 +46,7 @@ def _settings(shared: nn.Module) -> dict[str, Any]:
                 "rows": shared.m,
                 "bits": shared.base.bits,
                 "symmetric": shared.base.zero is None,
+                "group_size": shared.base.group_size,
                 "rank": shared.low_rank.rank if shared.low_rank is not None else 0,
                 "refined": shared.refinement is not None,
             }

@@ -1,15 +1,15 @@
 """How members of a group lie on disk: each under its own name, whatever layout kernels want (format 5).
 
     weight_packed        int32 (m, words): codes of Q, the first in the lowest bits; 8-bit codes + 128
-    weight_scale         bfloat16 (m, ⌈n/64⌉)
-    weight_zero_point    int8 (m, ⌈n/64⌉), if asymmetric
+    weight_scale         bfloat16 (m, groups of 64 or 32 inputs)
+    weight_zero_point    int8 (m, groups), if asymmetric
     low_rank_A           int8 (m, r);  low_rank_B int8 (r, n), low_rank_scale float32 (r,)
     refinement_packed    int32 (m, words): 4-bit codes of E;  refinement_row bfloat16 (m,)
     refinement_column    bfloat16 (n,);  refinement_threshold bfloat16 (n,)
     A, W                 of a subspace (m, k) and (m, n);  B (k, n)
     bias                 (m,)
 
-Rows are padded to whole groups of 64 values. Names and packing of Q are those of compressed-tensors. What all members
+Rows are padded to whole blocks of 64 values. Names and packing of Q are those of compressed-tensors. What all members
 of a quantised group share (low_rank_B, low_rank_scale, column, threshold) is small and lies with each, which is then
 whole without the others; B of a subspace lies with the first, whose rows begin the group.
 """
@@ -121,12 +121,13 @@ def shapes(spec: dict[str, Any], m: int, n: int, dtype: torch.dtype) -> dict[str
         gated = {"W": (dtype, (m, n))} if spec["eps"] is not None else {}
         return {"A": (dtype, (m, rank)), "B": (dtype, (rank, n)), **gated}
     blocks = -(-n // GROUP)
+    groups = blocks * GROUP // spec.get("group_size", GROUP)  # which models stored before there was a choice lack
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight_packed": (torch.int32, (m, blocks * GROUP * spec["bits"] // 32)),
-        "weight_scale": (torch.bfloat16, (m, blocks)),
+        "weight_scale": (torch.bfloat16, (m, groups)),
     }
     if not spec["symmetric"]:
-        found["weight_zero_point"] = torch.int8, (m, blocks)
+        found["weight_zero_point"] = torch.int8, (m, groups)
     if rank:
         found |= {"low_rank_A": (torch.int8, (m, rank)), "low_rank_B": (torch.int8, (rank, n))}
         found["low_rank_scale"] = torch.float32, (rank,)

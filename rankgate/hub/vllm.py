@@ -137,7 +137,7 @@ class Linear(LinearMethodBase):
         for name in stored.shapes(self.spec, 0, 0, torch.float32):
             tensors[name] = getattr(layer, name).data
             delattr(layer, name)
-        n = min(tensors["weight_scale"].shape[1] * GROUP, self.spec["n"])
+        n = min(tensors["weight_packed"].shape[1] * 32 // self.spec["bits"], self.spec["n"])
         layer.group = stored.build({**self.spec, "n": n}, [tensors])
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from rankgate.methods.quantize import (
     quantize_group,
     rounding_worth,
 )
-from rankgate.quantized import QuantizedGroup, Refinement, grid
+from rankgate.quantized import Grid, QuantizedGroup, Refinement
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Setting:
     refine: float = 0.0
 
     def __post_init__(self) -> None:
-        grid(self.bits)
+        Grid(self.bits)
         if not isinstance(self.rank, int) or self.rank < 0 or not 0 <= self.refine <= 1:
             raise RankgateError(
                 f"rank {self.rank}, refine {self.refine}: give a whole number ≥ 0 and a share in [0, 1]"
@@ -101,7 +101,8 @@ def quantize(layers: list[Linear], stats: GroupStats, setting: Setting, rounds: 
         expected = ChannelWorth(stats.sample, rounding_worth(W, stats.sensitivity, setting.bits), len(W))
         C = closed_moment(C, stats.sample, expected.thresholds(gate_level([expected], setting.refine)))
     refined = setting.refine > 0
-    return quantize_group(W, C, stats.sensitivity, bits=setting.bits, rank=setting.rank, refined=refined, rounds=rounds)
+    grid = Grid(setting.bits)
+    return quantize_group(W, C, stats.sensitivity, grid=grid, rank=setting.rank, refined=refined, rounds=rounds)
 
 
 def assemble(result: GroupResult, stats: GroupStats, setting: Setting) -> QuantizedGroup:

@@ -7,7 +7,7 @@ an error E of the weights costs about
 
 the measure of every step here:
 
-1. Q   codes in groups of 64 inputs, scales searched on a short list of shrunken ranges. Columns are rounded one after
+1. Q   codes in groups of inputs, scales searched on a short list of shrunken ranges. Columns are rounded one after
        the other, those with the largest C_jj first, and each one's error is made up for by the columns still to come
        (GPTQ: Frantar et al., 2022). D does not matter to this step: rows are independent.
 2. AB  the best rank-r approximation of D (W − Q) C^½, mapped back without an inverse (as in `methods.svd`), then
@@ -21,7 +21,7 @@ error that an open gate makes up for is none of their business, and making up fo
 
 Rank is spent where it buys most: chunks of 8 components, in the order of their worth per byte over all groups.
 
-Not covered: clipping is searched per group of 64 and before rounding, not jointly with it; C is damped by 1 % of its
+Not covered: clipping is searched per group and before rounding, not jointly with it; C is damped by 1 % of its
 mean diagonal, so inputs that calibration never saw are rounded to nearest.
 """
 
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from rankgate.ops.rounding import round_block
-from rankgate.quantized import GROUP, LowRank, QuantizedMatrix, Refinement, grid, pad_to_group
+from rankgate.quantized import Grid, LowRank, QuantizedMatrix, Refinement, pad_to_group
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, tried for its scale
 COLUMN_SHRINK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # the same for a column of the refinement
@@ -115,15 +115,15 @@ def invert_(L: Tensor) -> None:
         left.copy_(corner @ (left @ L[:start, :start])).neg_()
 
 
-def scales(W: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Scale (m × ⌈n/64⌉, bfloat16) and zero (the same, int8; None if symmetric) of every 64 weights of a row.
+def scales(W: Tensor, weight: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scale (m × groups, bfloat16) and zero (the same, int8; None if symmetric) of every group of a row.
 
     The shrunken range with the least squared error of rounding to nearest, weighted by `weight` (n).
     """
-    low, high, offset = grid(bits)
-    groups = pad_to_group(W.float()).unflatten(-1, (-1, GROUP))  # (m, g, 64)
-    importance = torch.ones(()) if weight is None else pad_to_group(weight.float()).unflatten(-1, (-1, GROUP))
-    if symmetric:
+    low, high, offset, size = grid.low, grid.high, grid.offset, grid.group_size
+    groups = pad_to_group(W.float()).unflatten(-1, (-1, size))  # (m, groups, size)
+    importance = torch.ones(()) if weight is None else pad_to_group(weight.float()).unflatten(-1, (-1, size))
+    if grid.symmetric:
         start = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / (low - offset)
     else:
         top, bottom = groups.amax(-1, keepdim=True).clamp_min(0), groups.amin(-1, keepdim=True).clamp_max(0)
@@ -134,7 +134,7 @@ def scales(W: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> tupl
         s = (start * shrink).bfloat16().float()
         s[s == 0] = 1
         z = torch.full_like(s, offset)
-        if not symmetric:
+        if not grid.symmetric:
             z = (low + (high - low) / 2 - centre / s).round().clamp(-128, 127)
         error = groups / s
         error = (error + z).round_().clamp_(low, high).sub_(error).sub_(z).mul_(s).square_().mul_(importance)
@@ -142,40 +142,40 @@ def scales(W: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> tupl
         better = total < best
         best = torch.where(better, total, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-    return scale[..., 0].bfloat16(), None if symmetric else zero[..., 0].to(torch.int8)
+    return scale[..., 0].bfloat16(), None if grid.symmetric else zero[..., 0].to(torch.int8)
 
 
 def nearest(W: Tensor, bits: int) -> QuantizedMatrix:
     """W (m × n) rounded to nearest on a symmetric grid, every weight as important as the other."""
-    low, high, offset = grid(bits)
+    grid = Grid(bits)
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
     parts = []
     for rows, part in zip(codes.split(ROWS), W.split(ROWS), strict=True):
-        scale, _ = scales(part, None, bits, symmetric=True)
-        s = scale.float().repeat_interleave(GROUP, dim=1)[:, : W.shape[1]]
-        rows.copy_((part.float() / s).add_(offset).round_().clamp_(low, high))
+        scale, _ = scales(part, None, grid)
+        s = scale.float().repeat_interleave(grid.group_size, dim=1)[:, : W.shape[1]]
+        rows.copy_((part.float() / s).add_(grid.offset).round_().clamp_(grid.low, grid.high))
         parts.append(scale)
     return QuantizedMatrix.pack(codes, torch.cat(parts), None, bits)
 
 
-def compensated(W: Tensor, metric: Metric, bits: int, symmetric: bool) -> QuantizedMatrix:
+def compensated(W: Tensor, metric: Metric, grid: Grid) -> QuantizedMatrix:
     """W (m × n) rounded column by column, later columns making up for the errors of earlier ones."""
-    scale, zero = scales(W, metric.diagonal, bits, symmetric)
-    low, high, offset = grid(bits)
+    scale, zero = scales(W, metric.diagonal, grid)
     order, U = metric.order, metric.propagation
     # One column of W is one contiguous row here, and so is one of scale and zero.
-    s, group = scale.float().T, order // GROUP
-    z = torch.full_like(s, offset) if zero is None else zero.float().T
+    s, group = scale.float().T, order // grid.group_size
+    z = torch.full_like(s, grid.offset) if zero is None else zero.float().T
     rows = W.float().T[order].contiguous()  # (n, m)
     codes = torch.empty(rows.shape, dtype=torch.int8, device=W.device)
     for start in range(0, len(rows), BLOCK):
         stop = min(start + BLOCK, len(rows))
         block = slice(start, stop)
-        codes[block], errors = round_block(rows[block], s[group[block]], z[group[block]], U[block, block], low, high)
+        given = rows[block], s[group[block]], z[group[block]], U[block, block]
+        codes[block], errors = round_block(*given, grid.low, grid.high)
         rows[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     unordered = torch.empty_like(codes)
     unordered[order] = codes
-    return QuantizedMatrix.pack(unordered.T, scale, zero, bits)
+    return QuantizedMatrix.pack(unordered.T, scale, zero, grid.bits)
 
 
 def output_weights(sensitivity: Tensor) -> Tensor:
@@ -246,24 +246,23 @@ def quantize_group(
     C: Tensor,
     sensitivity: Tensor,
     *,
-    bits: int,
+    grid: Grid,
     rank: int,
     refined: bool,
-    symmetric: bool = True,
     rounds: int = 3,
 ) -> GroupResult:
     """Quantise W (m × n), given C (n × n) and the outputs' sensitivity F (m). Deterministic.
 
-    bits: 4 or 8. rank: of the correction, 0 for none. refined: also make a refinement plane, with shut gates.
+    grid: of Q. rank: of the correction, 0 for none. refined: also make a refinement plane, with shut gates.
     rounds: how often Q and A B are chosen in turn.
     """
     W, metric, D = W.float(), Metric(C), output_weights(sensitivity)
-    base = compensated(W, metric, bits, symmetric)
+    base = compensated(W, metric, grid)
     rounded = predicted_loss(W - base.dequantize(), metric, D)
     correction = None
     for _ in range(rounds if rank else 0):
         if correction is not None:
-            base = compensated(W - correction.dequantize(), metric, bits, symmetric)
+            base = compensated(W - correction.dequantize(), metric, grid)
         correction = low_rank(W - base.dequantize(), metric, D, rank)
     left = W - base.dequantize()
     if correction is not None:
@@ -281,11 +280,11 @@ def predicted_loss(E: Tensor, metric: Metric, D: Tensor) -> float:
     return 0.5 * ((E @ metric.C).mul_(E).sum(1) @ D.square()).item()
 
 
-def spectrum(W: Tensor, C: Tensor, sensitivity: Tensor, bits: int, symmetric: bool, rank: int) -> Tensor:
+def spectrum(W: Tensor, C: Tensor, sensitivity: Tensor, grid: Grid, rank: int) -> Tensor:
     """Singular values (≤ `rank`) of what rounding leaves of W in the measure above: what a correction could restore."""
     metric, D = Metric(C), output_weights(sensitivity)
     W = W.float()
-    E = W - compensated(W, metric, bits, symmetric).dequantize()
+    E = W - compensated(W, metric, grid).dequantize()
     return decompose(E, metric, D, min(rank, *E.shape))[1]
 
 

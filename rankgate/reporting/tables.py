@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankgate.quantized import GROUP
+
 HEADERS = (
     "method",
     "text",
@@ -25,7 +27,9 @@ def describe(method: Mapping[str, Any]) -> str:
     rank = method.get("rank")
     if method["name"] == "lrq":
         grid = f"{method['bits']} bits{'' if method['symmetric'] else ' asymmetric'}"
-        words += [grid, f"r={rank}", f"refine={method['refine']:g}"]
+        size = method.get("group_size", GROUP)
+        words += [grid] + [f"groups of {size}"] * (size != GROUP)
+        words += [f"r={rank}", f"refine={method['refine']:g}"]
     elif method["name"] == "planned":
         words.append(f"{sum(setting is not None for setting in method['settings'].values())} groups")
     elif rank is not None:

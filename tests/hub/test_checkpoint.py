@@ -20,7 +20,7 @@ METHODS = (
     ASVDConfig(rank=0.25),
     GSIConfig(rank=0.25, eps=0.5),
     GSIConfig(rank=0.25, eps=0.5, basis="context"),
-    LRQConfig(rank=4, refine=0.3, rounds=1),
+    LRQConfig(rank=4, refine=0.3, rounds=1, group_size=32),
     LRQConfig(bits=8, rank=0, refine=0.0, symmetric=False),
     Int4Config(),
     SparseConfig(keep=0.5),

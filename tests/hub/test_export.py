@@ -19,7 +19,7 @@ from rankgate.hub.export import compressed, lora
 from rankgate.hub.export import gguf as gguf_export
 from rankgate.hub.export.members import members
 from rankgate.methods import Int4Config, Int8Config, LRQConfig, SVDConfig
-from rankgate.quantized import LowRank, QuantizedMatrix
+from rankgate.quantized import GROUP_SIZES, LowRank, QuantizedMatrix
 
 CONFIG = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": VOCAB}
 METHODS = {
@@ -27,6 +27,7 @@ METHODS = {
     "int8": (Int8Config(), {}),
     "mixed": (Int4Config(), {"down_proj": Int8Config()}),
     "low rank": (LRQConfig(rank=8, refine=0.0), {}),
+    "groups of 32": (LRQConfig(rank=0, refine=0.0, group_size=32), {}),
 }
 
 
@@ -104,14 +105,16 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("size", GROUP_SIZES)
 @pytest.mark.parametrize(("bits", "zeros"), KINDS)
-def test_blocks_of_gguf(bits, zeros):
+def test_blocks_of_gguf(bits, zeros, size):
     """Exact but for zeros: −s z is rounded to float16."""
     generator = torch.Generator().manual_seed(bits)
     low, high = (0, 16) if bits == 4 else (-128, 128)
     codes = torch.randint(low, high, (5, 160), generator=generator)
-    scale = torch.randn(5, 3, generator=generator)
-    zero = torch.randint(-20, 30, (5, 3), generator=generator).to(torch.int8) if zeros else None
+    groups = 3 * 64 // size
+    scale = torch.randn(5, groups, generator=generator)
+    zero = torch.randint(-20, 30, (5, groups), generator=generator).to(torch.int8) if zeros else None
     base = QuantizedMatrix.pack(codes, scale, zero, bits)
     order = torch.tensor([4, 0, 3, 1, 2])
     data, kind = gguf_export.blocks_of(base, order, "a")

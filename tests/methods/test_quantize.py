@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rankgate.errors import RankgateError
-from rankgate.methods import quantize
+from rankgate.methods import LRQConfig, quantize
 from rankgate.methods.quantize import (
     DAMPING,
     ChannelWorth,
@@ -23,7 +23,7 @@ from rankgate.methods.quantize import (
     quantize_group,
     refine,
 )
-from rankgate.quantized import GROUP, NIBBLE_ZERO, QuantizedMatrix, Refinement, pad_to_group
+from rankgate.quantized import GROUP, GROUP_SIZES, NIBBLE_ZERO, Grid, QuantizedMatrix, Refinement, pad_to_group
 
 SHAPES = ((1, 1), (7, 33), (40, 64), (24, 100), (50, 200))
 
@@ -81,17 +81,27 @@ def test_weights_on_a_grid_are_kept_exactly(bits):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", GROUP_SIZES)
 @pytest.mark.parametrize(("bits", "shape"), [(4, (24, 100)), (4, (50, 200)), (8, (50, 200)), (4, (7, 33))])
-def test_compensated_rounding_is_never_worse_than_to_nearest(bits, shape, symmetric, seed):
+def test_compensated_rounding_is_never_worse_than_to_nearest(bits, shape, size, symmetric, seed):
     W, C, _ = problem(*shape, seed)
     metric, one = Metric(C), torch.ones(len(W))
     plain = predicted_loss(W - nearest(W, bits).dequantize(), metric, one)
-    assert predicted_loss(W - compensated(W, metric, bits, symmetric).dequantize(), metric, one) < plain
+    assert predicted_loss(W - compensated(W, metric, Grid(bits, symmetric, size)).dequantize(), metric, one) < plain
+
+
+def test_half_as_many_inputs_with_a_scale_lose_less():
+    W, C, _ = problem(50, 200)
+    metric, one = Metric(C), torch.ones(50)
+    loss = [
+        predicted_loss(W - compensated(W, metric, Grid(4, True, size)).dequantize(), metric, one) for size in (32, 64)
+    ]
+    assert loss[0] < loss[1]
 
 
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
     W = problem(20, 100)[0]
-    ordinary = compensated(W, Metric(torch.eye(100)), 4, symmetric=True).dequantize()
+    ordinary = compensated(W, Metric(torch.eye(100)), Grid()).dequantize()
     assert torch.equal(ordinary, nearest(W, 4).dequantize())
 
 
@@ -154,7 +164,7 @@ def test_more_bits_and_more_rank_are_never_worse(symmetric):
     W, C, F = problem(96, 130)
 
     def loss(bits, rank):
-        return quantize_group(W, C, F, bits=bits, rank=rank, refined=True, symmetric=symmetric).losses
+        return quantize_group(W, C, F, grid=Grid(bits, symmetric), rank=rank, refined=True).losses
 
     losses = [[loss(bits, rank) for rank in (0, 8, 32, 96)] for bits in (4, 8)]
     for row in losses:
@@ -165,7 +175,7 @@ def test_more_bits_and_more_rank_are_never_worse(symmetric):
 
 def test_losses_are_those_of_the_stored_group():
     W, C, F = problem(30, 70)
-    result = quantize_group(W, C, F, bits=4, rank=8, refined=True)
+    result = quantize_group(W, C, F, grid=Grid(), rank=8, refined=True)
     left = W - result.base.dequantize() - result.low_rank.dequantize()
     D = output_weights(F)
     for E, predicted in (
@@ -177,7 +187,7 @@ def test_losses_are_those_of_the_stored_group():
 
 def test_the_same_group_always_gets_the_same_codes():
     W, C, F = problem(300, 200)
-    a, b = (quantize_group(W, C, F, bits=4, rank=16, refined=True) for _ in range(2))
+    a, b = (quantize_group(W, C, F, grid=Grid(), rank=16, refined=True) for _ in range(2))
     for x, y in ((a.base, b.base), (a.low_rank, b.low_rank), (a.refinement, b.refinement)):
         assert all(torch.equal(p, q) for p, q in zip(x.parameters(), y.parameters(), strict=True))
 
@@ -185,7 +195,7 @@ def test_the_same_group_always_gets_the_same_codes():
 def test_inputs_and_outputs_without_any_signal_do_no_harm():
     W, C, F = problem(20, 70)
     C[:9], C[:, :9], W[:, -3:] = 0, 0, 0
-    result = quantize_group(W, C, torch.zeros_like(F), bits=4, rank=8, refined=True)
+    result = quantize_group(W, C, torch.zeros_like(F), grid=Grid(), rank=8, refined=True)
     for part in (result.base, result.low_rank, result.refinement):
         assert torch.isfinite(part.dequantize()).all()
 
@@ -194,6 +204,11 @@ def test_inputs_and_outputs_without_any_signal_do_no_harm():
 def test_other_widths_are_refused(bits):
     with pytest.raises(RankgateError, match="use 4 or 8"):
         nearest(torch.ones(2, 2), bits)
+
+
+def test_other_group_sizes_are_refused():
+    with pytest.raises(RankgateError, match="use 32 or 64"):
+        LRQConfig(group_size=128)
 
 
 def test_ranks_go_where_they_restore_most():

@@ -85,21 +85,29 @@ def build_cuda(library: ctypes.CDLL, name: str, **values: int) -> None:
 
 def main() -> None:
     library = nvrtc()
-    for bits, zero, half, tokens in itertools.product((4, 8), (0, 1), (0, 1), (2, 16, 64)):
+    for bits, zero, half, tokens, groups in itertools.product((4, 8), (0, 1), (0, 1), (2, 16, 64), (1, 2)):
         shape = fragments_gpu.shape(tokens, 4096 if half else 16384, bits)
-        build_cuda(library, "fragments", **shape, BITS=bits, ZERO=zero, HALF=half)
+        build_cuda(library, "fragments", **shape, BITS=bits, ZERO=zero, GROUPS=groups, HALF=half)
     for tokens, refined, half in itertools.product((2, 16, 64), (0, 1), (0, 1)):
         build_cuda(library, "united", COLUMNS=united_gpu.columns(tokens), REFINED=refined, HALF=half)
-    for bits, zero, half, more in itertools.product((4, 8), (0, 1), (0, 1), (0, 1)):
-        build_cuda(library, "unpack", BITS=bits, ZERO=zero, HALF=half, STEPS=2 * more, REFINED=more)
+    for bits, zero, half, more, groups in itertools.product((4, 8), (0, 1), (0, 1), (0, 1), (1, 2)):
+        numbers = {"BITS": bits, "ZERO": zero, "GROUPS": groups, "HALF": half, "STEPS": 2 * more, "REFINED": more}
+        build_cuda(library, "unpack", **numbers)
     low = {"B": I8, "factor": F32, "A": I8, "low": F32, "rank": 16}
     lists: dict[str, Any] = {"column": torch.bfloat16, "threshold": torch.bfloat16, "lists": 4}
     lists |= {"channels": I32, "scaled": F32, "counts": I32}
     plane = {"plane": U8, "row_factor": torch.bfloat16, "extra": F32, "projections": 8}
     size = {"tokens": 3, "m": 129, "n": 577, "blocks": 10}
     for dtype in (torch.bfloat16, torch.float32):
-        for bits, zero in ((4, None), (4, I8), (8, None)):
-            constants = {"BITS": bits, "ZERO": zero is not None, "BATCH": 4, "PARTS": 0, "OVERLAP": True}
+        for bits, zero, split in itertools.product((4, 8), (None, I8), (1, 2)):
+            constants = {
+                "BITS": bits,
+                "ZERO": zero is not None,
+                "SPLIT": split,
+                "BATCH": 4,
+                "PARTS": 0,
+                "OVERLAP": True,
+            }
             codes = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero, "one": 1 << 20}
             build(quantized_gpu._multiply, constants, pdl=True, x=dtype, out=dtype, extra=None, **codes, **size)
         both = {"RANK": 16, "REFINED": True, "LISTING": 1024, "OVERLAP": True}
@@ -123,7 +131,7 @@ def main() -> None:
         numbers = {"heads": 6, "share": 3, "width": 64, "value_width": 64, "scale": 0.1}
         build(attention_gpu._attend, constants, pdl=True, q=dtype, k=dtype, v=dtype, out=dtype, **cache, **numbers)
     codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
-    half, constants = torch.float16, {"BITS": 4, "ZERO": False, "BATCH": 1, "PARTS": 2, "OVERLAP": True}
+    half, constants = torch.float16, {"BITS": 4, "ZERO": False, "SPLIT": 1, "BATCH": 1, "PARTS": 2, "OVERLAP": True}
     build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, extra=F32, **codes, **size)
     constants = {**both, "CHUNKS": 8, "PARTS": 2, "LISTS": 2, "TOGETHER": 64, "SLOTS": 8}
     build(refined_gpu._refine, constants, pdl=True, **low, **lists, **plane, **size)

@@ -9,7 +9,16 @@ from torch import Tensor
 from rankgate.core import GroupedLinear
 from rankgate.errors import RankgateError
 from rankgate.ops.cpu import quantized as cpu
-from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement, pack_nibbles, unpack_nibbles
+from rankgate.quantized import (
+    GROUP,
+    GROUP_SIZES,
+    LowRank,
+    QuantizedGroup,
+    QuantizedMatrix,
+    Refinement,
+    pack_nibbles,
+    unpack_nibbles,
+)
 
 SHAPES = ((1, 1), (3, 64), (65, 70), (200, 63), (37, 130), (129, 577), (960, 576))
 STEPS = {cpu.VNNI: 16319, cpu.SHORT: 32767, cpu.PLAIN: 32767}  # of x to each side of 0
@@ -23,7 +32,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     return int(request.param)
 
 
-def group(m: int, n: int, bits: int = 4, *, zero: bool = False, rank: int = 0, opened: float = 0.0) -> QuantizedGroup:
+def group(
+    m: int, n: int, bits: int = 4, *, zero: bool = False, rank: int = 0, opened: float = 0.0, size: int = GROUP
+) -> QuantizedGroup:
     """Random codes; `opened` is the share of channels that a standard normal x opens."""
     generator = torch.Generator().manual_seed(m + n)
 
@@ -31,9 +42,9 @@ def group(m: int, n: int, bits: int = 4, *, zero: bool = False, rank: int = 0, o
         return torch.randint(low, high, shape, generator=generator)
 
     low, high = (0, 16) if bits == 4 else (-128, 128)
-    blocks = -(-n // GROUP)
-    zeros = codes(low, high, m, blocks).to(torch.int8) if zero else None
-    base = QuantizedMatrix.pack(codes(low, high, m, n), torch.rand(m, blocks, generator=generator), zeros, bits)
+    groups = -(-n // GROUP) * GROUP // size
+    zeros = codes(low, high, m, groups).to(torch.int8) if zero else None
+    base = QuantizedMatrix.pack(codes(low, high, m, n), torch.rand(m, groups, generator=generator), zeros, bits)
     low_rank = refinement = None
     if rank:
         factors = codes(-127, 128, m, rank).to(torch.int8), codes(-127, 128, rank, n).to(torch.int8)
@@ -63,11 +74,12 @@ def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("size", GROUP_SIZES)
 @pytest.mark.parametrize(("rank", "opened"), [(0, 0.0), (16, 0.0), (5, 0.3), (8, 1.0), (0, 0.01)])
 def test_kernel_is_the_oracle_within_the_derived_bound(
-    path: int, shape: tuple[int, int], bits: int, zero: bool, rank: int, opened: float
+    path: int, shape: tuple[int, int], bits: int, zero: bool, size: int, rank: int, opened: float
 ) -> None:
-    quantized = group(*shape, bits, zero=zero, rank=rank, opened=opened)
+    quantized = group(*shape, bits, zero=zero, rank=rank, opened=opened, size=size)
     x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(7)) * 3
     x[:, 0] *= 100  # one block with a wide range
     assert ((quantized(x) - quantized.reference(x)).abs() <= bound(quantized, x)).all()

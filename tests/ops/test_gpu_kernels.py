@@ -16,11 +16,11 @@ from rankgate.ops.gpu import attention as attention_gpu
 from rankgate.ops.gpu import gathered as gathered_gpu
 from rankgate.ops.gpu import linear as linear_gpu
 from rankgate.ops.gpu import quantized as quantized_gpu
-from rankgate.quantized import QuantizedGroup
+from rankgate.quantized import GROUP_SIZES, QuantizedGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Case = tuple[int, int, int, bool, int, float, int]  # m, n, bits, zero points, rank, share of open channels, tokens
 CASES = (
-    # m, n, bits, zero points, rank, share of open channels, tokens
     (1, 1, 4, False, 5, 0.5, 1),
     (65, 70, 4, False, 0, 0.0, 1),
     (70, 577, 8, False, 0, 0.0, 8),
@@ -33,7 +33,7 @@ CASES = (
 
 def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
     """Float32 rounding of sums whose terms are up to 2,064 x scale at 4 bits, before the offset is taken off again."""
-    scale = quantized.base.scale.float().repeat_interleave(64, 1)[:, : x.shape[-1]]
+    scale = quantized.base.scale.float().repeat_interleave(quantized.base.group_size, 1)[:, : x.shape[-1]]
     whole = quantized.base.dequantize().abs() + (2064 * scale if quantized.base.bits == 4 else 0)
     if quantized.low_rank is not None:
         whole += (quantized.low_rank.A.abs().float() * quantized.low_rank.scale) @ quantized.low_rank.B.abs().float()
@@ -49,9 +49,10 @@ def gemv(x: Tensor, quantized: QuantizedGroup) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel_is_the_oracle_but_for_rounding(case: tuple[int, int, int, bool, int, float, int], dtype: torch.dtype):
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_kernel_is_the_oracle_but_for_rounding(size: int, case: Case, dtype: torch.dtype):
     m, n, bits, zero, rank, opened, tokens = case
-    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened).to(DEVICE)
+    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened, size=size).to(DEVICE)
     x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
     expected = quantized.reference(x.float())
     rounding = torch.finfo(dtype).eps * expected.abs() if dtype != torch.float32 else 0  # twice that of rounding once
@@ -61,7 +62,6 @@ def test_kernel_is_the_oracle_but_for_rounding(case: tuple[int, int, int, bool, 
 
 
 MANY = (
-    # m, n, bits, zero points, rank, share of open channels, tokens
     (1, 1, 4, False, 5, 0.5, 2),
     (65, 70, 4, False, 0, 0.0, 17),
     (200, 130, 8, True, 0, 0.0, 33),
@@ -90,18 +90,20 @@ def check_against_torch(y: Tensor, quantized: QuantizedGroup, x: Tensor) -> None
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA C++ needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", MANY, ids=str)
-def test_several_tokens_are_as_exact_as_torch(case: tuple[int, int, int, bool, int, float, int], dtype: torch.dtype):
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_several_tokens_are_as_exact_as_torch(size: int, case: Case, dtype: torch.dtype):
     m, n, bits, zero, rank, opened, tokens = case
-    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened).to(DEVICE)
+    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened, size=size).to(DEVICE)
     x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
     check_against_torch(linear_gpu.linear(x, quantized.parts), quantized, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", MANY, ids=str)
-def test_a_prompt_finds_every_channel_open(case: tuple[int, int, int, bool, int, float, int], dtype: torch.dtype):
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_a_prompt_finds_every_channel_open(size: int, case: Case, dtype: torch.dtype):
     m, n, bits, zero, rank, opened, _ = case
-    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened).to(DEVICE)
+    quantized = group(m, n, bits, zero=zero, rank=rank, opened=opened, size=size).to(DEVICE)
     x = torch.randn(65, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
     y = linear_gpu.linear(x, quantized.parts)
     if quantized.refinement is not None:

@@ -10,7 +10,7 @@ from test_cpu_kernels import FLOAT32_STEPS, SHAPES, group
 from torch import Tensor
 
 from rankgate.ops.cpu import many, tiles
-from rankgate.quantized import GROUP, QuantizedGroup
+from rankgate.quantized import GROUP, GROUP_SIZES, QuantizedGroup
 
 TOKENS = (2, 5, 6, 7, 13, 100)
 ADDED = [(0, 0.0), (16, 0.0), (5, 0.3), (70, 1.0), (0, 0.01)]  # rank, share of open channels
@@ -30,7 +30,7 @@ def steps(v: Tensor) -> Tensor:
 def bound(quantized: QuantizedGroup, x: Tensor) -> Tensor:
     """How far an output may be off: see `many`. Float32 rounds sums, and codes and zero apart, of up to 128 each."""
     x, Q = x.double(), quantized.base.dequantize().double()
-    scale = quantized.base.scale.double().repeat_interleave(GROUP, 1)[:, : quantized.n]
+    scale = quantized.base.scale.double().repeat_interleave(quantized.base.group_size, 1)[:, : quantized.n]
     rounding = steps(x) @ Q.abs().T
     whole = x.abs() @ (Q.abs() + scale).T
     if quantized.low_rank is not None:
@@ -57,11 +57,12 @@ def noise(tokens: int, n: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("size", GROUP_SIZES)
 @pytest.mark.parametrize(("rank", "opened"), ADDED)
 def test_kernel_is_the_definition_within_the_derived_bound(
-    shape: tuple[int, int], bits: int, zero: bool, rank: int, opened: float
+    shape: tuple[int, int], bits: int, zero: bool, size: int, rank: int, opened: float
 ) -> None:
-    quantized = group(*shape, bits, zero=zero, rank=rank, opened=opened)
+    quantized = group(*shape, bits, zero=zero, rank=rank, opened=opened, size=size)
     for tokens in TOKENS:
         x = noise(tokens, shape[1])
         error = many.gemm(x, quantized.table(), quantized.m).double() - quantized.reference(x.double())

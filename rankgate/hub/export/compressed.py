@@ -1,8 +1,8 @@
 """A directory in the format of compressed-tensors ("pack-quantized"), which vLLM, SGLang and transformers open.
 
     weight_packed      int32 (m, n · bits / 32): codes + 2^(bits − 1), from the lowest bits of a word on
-    weight_scale       bfloat16 (m, n / 64)
-    weight_zero_point  int32 (⌈m · bits / 32⌉, n / 64), packed down the columns; asymmetric codes only
+    weight_scale       bfloat16 (m, groups of 64 or 32 inputs)
+    weight_zero_point  int32 (⌈m · bits / 32⌉, groups), packed down the columns; asymmetric codes only
     weight_shape       int64: m, n
 
 Codes and scales are those of the converted model, bit for bit; all else is bfloat16. A layer whose inputs are no whole
@@ -27,7 +27,7 @@ from rankgate.hub.stored import pack, packed_codes
 from rankgate.quantized import GROUP
 
 FORMAT = "pack-quantized"
-Scheme = tuple[int, bool]  # bits, whether symmetric
+Scheme = tuple[int, bool, int]  # bits, whether symmetric, inputs of a group
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, lora: bool) -> list[Member]:
@@ -44,7 +44,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory:
             if not (member.head and model.config.get_text_config().tie_word_embeddings):
                 tensors[f"{member.name}.weight"] = member.dense()
             continue
-        scheme = member.base.bits, member.base.zero is None
+        scheme = member.base.bits, member.base.zero is None, member.base.group_size
         schemes.setdefault(scheme, []).append(member.name)
         tensors |= {f"{member.name}.{name}": tensor for name, tensor in packed(member).items()}
     directory.mkdir()
@@ -110,8 +110,8 @@ def _config(model: PreTrainedModel, schemes: dict[Scheme, list[str]]) -> dict[st
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in quantised]
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
     groups = {}
-    for number, ((bits, symmetric), names) in enumerate(schemes.items()):
-        weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": GROUP}
+    for number, ((bits, symmetric, size), names) in enumerate(schemes.items()):
+        weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": size}
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(schemes) == 1 else names,
             "weights": {**weights, "dynamic": False},

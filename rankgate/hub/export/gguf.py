@@ -1,6 +1,6 @@
 """A GGUF file for llama.cpp: the converted linears in its block formats, all else from a file of the same model.
 
-    Q4_0   symmetric 4 bits, exactly: a group of 64 is two blocks with the same scale
+    Q4_0   symmetric 4 bits, exactly: a group of 64 is two blocks with the same scale, one of 32 is a block
     Q8_0   symmetric 8 bits, exactly
     Q4_1   4 bits with zeros: w = s c + m with m = −s z, rounded to float16
 
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from rankgate.errors import RankgateError
 from rankgate.hub.export.lora import factors, largest_rank
 from rankgate.hub.export.members import Member, members
-from rankgate.quantized import GROUP, QuantizedMatrix, unpack_nibbles
+from rankgate.quantized import QuantizedMatrix, unpack_nibbles
 
 BLOCK = 32
 FAR = 0.5  # relative distance at which a tensor of the template is no version of a converted one
@@ -79,7 +79,7 @@ def blocks_of(base: QuantizedMatrix, order: Tensor, name: str) -> tuple[np.ndarr
     if base.n % BLOCK:
         raise RankgateError(f"{name} has {base.n} inputs, GGUF has blocks of {BLOCK}; this model has no such file")
     count = base.n // BLOCK
-    scale = _of_blocks(base.scale[order].float(), count)
+    scale = _of_blocks(base, base.scale[order], count)
     if base.bits == 8:
         if base.zero is not None:
             raise RankgateError(f"{name}: GGUF has no 8 bits with zeros; convert without --asymmetric")
@@ -89,13 +89,13 @@ def blocks_of(base: QuantizedMatrix, order: Tensor, name: str) -> tuple[np.ndarr
     nibbles = codes[..., 0, :] | codes[..., 1, :] << 4
     if base.zero is None:
         return _bytes(_half(scale), nibbles), GGMLQuantizationType.Q4_0
-    low = -scale * _of_blocks(base.zero[order].float(), count)
+    low = -scale * _of_blocks(base, base.zero[order], count)
     return _bytes(_half(scale), _half(low), nibbles), GGMLQuantizationType.Q4_1
 
 
-def _of_blocks(groups: Tensor, count: int) -> Tensor:
+def _of_blocks(base: QuantizedMatrix, groups: Tensor, count: int) -> Tensor:
     """A value for each block, from one for each group."""
-    return groups.repeat_interleave(GROUP // BLOCK, -1)[:, :count, None]
+    return groups.float().repeat_interleave(base.group_size // BLOCK, -1)[:, :count, None]
 
 
 def _half(values: Tensor) -> Tensor:

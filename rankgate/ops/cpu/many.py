@@ -37,6 +37,7 @@ from rankgate.ops.cpu.quantized import (
     CODES,
     COLUMN,
     COMPONENT,
+    GROUPS,
     PLANE,
     RANK,
     TABLE_WORDS,
@@ -88,7 +89,7 @@ from rankgate.quantized import table_of
 _, X, Y, TOKENS, X_DIGITS, Z_DIGITS, V_DIGITS, CHANNELS, OPEN, PREPARED, TOGETHER, STRIPS = range(12)
 MANY = 0.4  # share of open channels from which on it is faster to read all columns for a tile
 MOST_TOKENS = 4096  # at once, which bounds the memory
-SLOT = DIGITS + 8  # bytes of a block of one token: digits, and elsewhere its scale and sum
+SLOT = DIGITS + 16  # bytes of a block of one token: digits, and elsewhere its scale and sums
 tile_1, tile_2, tile_3, *_more = tiles
 tile_4, tile_5, tile_6 = _more or tiles
 
@@ -111,9 +112,9 @@ def _slots(arguments: int) -> int:
 
 @jit
 def _round(source: int, digits: int, slots: int, at: int) -> None:
-    """64 values as block `at` of as many as there are slots: all digits, then all scales, then all sums."""
+    """64 values as block `at` of as many as there are slots: all digits, then all scales, then all sums by kind."""
     scale = digits + DIGITS * slots
-    round_block(source, digits + DIGITS * at, scale + 4 * at, scale + 4 * slots + 4 * at)
+    round_block(source, digits + DIGITS * at, scale + 4 * at, scale + 4 * slots + 4 * at, 4 * slots)
 
 
 @jit
@@ -126,25 +127,27 @@ def _tile(
     slots: int,
     at: int,
     blocks: int,
+    groups: int,
     steps: int,
     sums: int,
     ahead: int,
 ) -> None:
     """What `tiles` add for the tile whose first block is `at`."""
     x_scale = digits + DIGITS * slots + 4 * at
-    x, x_sum = digits + DIGITS * at, x_scale + 4 * slots
+    x, apart = digits + DIGITS * at, 4 * slots
+    x_sum = x_scale + apart
     if tokens == 1:
-        tile_1(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
+        tile_1(w, scale, zero, x, x_scale, x_sum, apart, blocks, groups, steps, sums, ahead)
     elif tokens == 2:
-        tile_2(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
+        tile_2(w, scale, zero, x, x_scale, x_sum, apart, blocks, groups, steps, sums, ahead)
     elif tokens == 3:
-        tile_3(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
+        tile_3(w, scale, zero, x, x_scale, x_sum, apart, blocks, groups, steps, sums, ahead)
     elif tokens == 4:
-        tile_4(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
+        tile_4(w, scale, zero, x, x_scale, x_sum, apart, blocks, groups, steps, sums, ahead)
     elif tokens == 5:
-        tile_5(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
+        tile_5(w, scale, zero, x, x_scale, x_sum, apart, blocks, groups, steps, sums, ahead)
     else:
-        tile_6(w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead)
+        tile_6(w, scale, zero, x, x_scale, x_sum, apart, blocks, groups, steps, sums, ahead)
 
 
 @Kernel
@@ -198,8 +201,8 @@ def _project(arguments: int, start: int, stop: int) -> None:
             x_scale = x + DIGITS * of_x + 4 * at
             for i in range(0, count, LANES):
                 rows, scales, sums = _address(w) + STEP * i, _address(scale) + 4 * i, _address(z) + 4 * i
-                x_sum = x_scale + 4 * of_x
-                narrow_tile(rows, scales, 0, x + DIGITS * at, x_scale, x_sum, blocks, GROUP // STEP, sums, rows)
+                digits_at, x_sum, apart = x + DIGITS * at, x_scale + 4 * of_x, 4 * of_x
+                narrow_tile(rows, scales, 0, digits_at, x_scale, x_sum, apart, blocks, 1, GROUP // STEP, sums, rows)
             z[:, count:] = 0
             for t in range(TILE):
                 at = (tile * z_blocks + c) * TILE + t
@@ -270,22 +273,23 @@ def _strip(arguments: int, first: int, begin: int) -> None:
     m, rank, plane = of_table(arguments, M), of_table(arguments, RANK), of_table(arguments, PLANE)
     tokens, together = read_int64(arguments, 8 * TOKENS), read_int64(arguments, 8 * TOGETHER)
     blocks, z_blocks = blocks_of(arguments, N), blocks_of(arguments, RANK)
-    slots = _slots(arguments)
+    slots, groups = _slots(arguments), of_table(arguments, GROUPS)
     count, of_block = min(GROUP, m - first), 4 * GROUP
     one_block = GROUP * GROUP + of_block  # weights, and their scales
-    room = np.empty((2 * blocks + z_blocks) * one_block + (blocks + TILE + 1) * of_block + 64, np.uint8)
+    others = (2 * groups * blocks + TILE) * of_block  # scales, zeros and sums
+    room = np.empty(2 * blocks * GROUP * GROUP + z_blocks * one_block + blocks * of_block + others + 64, np.uint8)
     w = (_address(room) + 63) // 64 * 64
     a = w + blocks * GROUP * GROUP
     e = a + z_blocks * GROUP * GROUP
     scale = e + blocks * GROUP * GROUP
-    one = scale + blocks * of_block
+    one = scale + groups * blocks * of_block
     row = one + z_blocks * of_block
     zero = row + blocks * of_block
-    sums = zero + blocks * of_block
+    sums = zero + groups * blocks * of_block
     unpack(arguments, first, w, scale, zero)
     if not of_table(arguments, ZERO):
         zero = 0
-    steps, z_steps = GROUP // STEP, (min(rank, GROUP) + STEP - 1) // STEP
+    steps, z_steps = GROUP // STEP // groups, (min(rank, GROUP) + STEP - 1) // STEP
     if rank:
         unpack_factor(arguments, first, a)
         floats(one, z_blocks * GROUP)[:] = 1
@@ -306,11 +310,11 @@ def _strip(arguments: int, first: int, begin: int) -> None:
         for i in range(0, 4 * GROUP, 4 * ROWS):
             z_i = zero + i if zero else 0
             asked = ahead if t == begin else w
-            _tile(width, w + i, scale + i, z_i, x, slots * blocks, t * blocks, blocks, steps, sums + i, asked)
+            _tile(width, w + i, scale + i, z_i, x, slots * blocks, t * blocks, blocks, groups, steps, sums + i, asked)
             if rank:
-                _tile(width, a + i, one + i, 0, z, slots * z_blocks, t * z_blocks, z_blocks, z_steps, sums + i, a)
+                _tile(width, a + i, one + i, 0, z, slots * z_blocks, t * z_blocks, z_blocks, 1, z_steps, sums + i, a)
             if dense:
-                _tile(width, e + i, row + i, 0, v, slots * blocks, t * blocks, blocks, steps, sums + i, e)
+                _tile(width, e + i, row + i, 0, v, slots * blocks, t * blocks, blocks, 1, GROUP // STEP, sums + i, e)
         for u in range(width):
             if plane and not dense:
                 _refine(arguments, first, t + u, row, sums + of_block * u)
@@ -337,7 +341,7 @@ class Products:
     """The product of so many tokens as two rows of a program, its x and y to be given, and the memory that it needs."""
 
     def __init__(self, table: int, tokens: int) -> None:
-        m, n, _, rank, *parts = (ctypes.c_int64 * TABLE_WORDS).from_address(table)
+        m, n, _, _, rank, *parts = (ctypes.c_int64 * TABLE_WORDS).from_address(table)
         blocks, z_blocks, strips = (-(-size // GROUP) for size in (n, rank, m))
         slots = -(-tokens // TILE) * TILE
         sizes = [slots * blocks * SLOT, slots * z_blocks * SLOT]

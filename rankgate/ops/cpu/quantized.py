@@ -50,8 +50,8 @@ from rankgate.ops.cpu.vector import (
 from rankgate.ops.cpu.vnni import rows_dot, split_x
 
 # words of `quantized.table_of`
-M, N, BITS, RANK, CODES, SCALE, ZERO, A, B, COMPONENT, PLANE, ROW, COLUMN, THRESHOLD = range(14)
-TABLE_WORDS = 14
+M, N, BITS, GROUPS, RANK, CODES, SCALE, ZERO, A, B, COMPONENT, PLANE, ROW, COLUMN, THRESHOLD = range(15)
+TABLE_WORDS = 15
 # words of the arguments of `prepare` and `multiply`: the table, x and y, float32; what the first hands to the second:
 # x as codes, z, channels and coefficients, and how many channels are open, or -1 if x is not finite; how codes meet x,
 # and the rows of a chunk
@@ -73,8 +73,8 @@ def _is_finite(x: int, n: int) -> bool:
 
 
 @jit
-def _round_blocks(x: int, n: int, bits: int, zero: int, out: int) -> bool:
-    """X (n, float32) for `_short_row`: 16-bit codes with a scale per block, and what is added to Σ q c for the zero.
+def _round_blocks(x: int, n: int, bits: int, groups: int, zero: int, out: int) -> bool:
+    """X (n, float32) for `_short_rows`: 16-bit codes with a scale per block, and what is added to Σ q c for each group.
 
     Like `vnni.split_x`, from which this is the way of processors without it: where codes, scales and sums lie, see
     `_places`.
@@ -93,12 +93,17 @@ def _round_blocks(x: int, n: int, bits: int, zero: int, out: int) -> bool:
             largest = max(largest, abs(block[i]))
         write_float(scale, 4 * g, largest / LARGEST)
         inverse = LARGEST / largest if largest > SMALLEST else np.float32(0)
-        total = np.int32(0)
+        total, second, times = np.int32(0), np.int32(0), 1 if zero < 0 else zero
         for i in range(GROUP):
-            code = np.int32(np.rint(block[ROW_ORDER[i] if bits == 4 else i] * inverse))
+            j = ROW_ORDER[i] if bits == 4 else i
+            code = np.int32(np.rint(block[j] * inverse))
             write_int16(codes, 2 * (start + i), np.int16(code))
             total += code
-        write_int32(shifts, 4 * g, np.int32(-total * (1 if zero < 0 else zero)))
+            second += code if 2 * j >= GROUP else 0
+        if groups == 2:
+            write_int32(shifts, 4 * (2 * g + 1), np.int32(-times * second))
+            total -= second
+        write_int32(shifts, 4 * groups * g, np.int32(-times * total))
     return True
 
 
@@ -142,13 +147,14 @@ def _short_rows(table: int, start: int, stop: int, x: int, z: int, y: int, plain
     """Rows `start` to `stop` of Q x + A z, without the last columns of A that are not 16; x: `_round_blocks`."""
     codes, scale, zero = read_int64(table, 8 * CODES), read_int64(table, 8 * SCALE), read_int64(table, 8 * ZERO)
     rank, bits = read_int64(table, 8 * RANK), read_int64(table, 8 * BITS)
-    blocks = (read_int64(table, 8 * N) + GROUP - 1) // GROUP
-    variant = (bits == 4) + 2 * (zero != 0) + 4 * plain
+    blocks, groups = (read_int64(table, 8 * N) + GROUP - 1) // GROUP, read_int64(table, 8 * GROUPS)
+    variant = (bits == 4) + 2 * (zero != 0) + 4 * plain + 8 * (groups - 1)
     x_codes, x_scale, shifts = _places(x, blocks)
     low = np.empty(1, np.float32)
     for r in range(start, stop):
-        i = r * blocks
-        value = row_dot(variant, codes + 8 * bits * i, scale + 2 * i, zero + i, x_codes, x_scale, shifts, blocks)
+        i, group = r * blocks, r * blocks * groups
+        s, z_ = scale + 2 * group, zero + group
+        value = row_dot(variant, codes + 8 * bits * i, s, z_, x_codes, x_scale, shifts, blocks)
         dot_bytes(read_int64(table, 8 * A) + r * rank, rank, z, rank // 16 * 2, low.ctypes.data)
         write_float(y, 4 * r, value + low[0])
 
@@ -158,13 +164,13 @@ def _vnni_rows(table: int, start: int, stop: int, x: int, z: int, y: int) -> Non
     """The same; x: `split_x`."""
     codes, scale, zero = read_int64(table, 8 * CODES), read_int64(table, 8 * SCALE), read_int64(table, 8 * ZERO)
     rank, factor, bits = read_int64(table, 8 * RANK), read_int64(table, 8 * A), read_int64(table, 8 * BITS)
-    blocks = (read_int64(table, 8 * N) + GROUP - 1) // GROUP
-    variant = (bits == 4) + 2 * (zero != 0)
+    blocks, groups = (read_int64(table, 8 * N) + GROUP - 1) // GROUP, read_int64(table, 8 * GROUPS)
+    variant = (bits == 4) + 2 * (zero != 0) + 8 * (groups - 1)
     r = start
     while r < stop:
-        i, four = r * blocks, r + 4 <= stop
-        s, a, out = scale + 2 * i, factor + r * rank, y + 4 * r
-        rows_dot(variant + 4 * four, codes + 8 * bits * i, s, zero + i, blocks, x, a, z, rank, out)
+        i, group, four = r * blocks, r * blocks * groups, r + 4 <= stop
+        s, a, out = scale + 2 * group, factor + r * rank, y + 4 * r
+        rows_dot(variant + 4 * four, codes + 8 * bits * i, s, zero + group, blocks, x, a, z, rank, out)
         r += 4 if four else 1
 
 
@@ -198,13 +204,13 @@ def _refine(table: int, chunk: int, stop: int, channels: int, coefficients: int,
 def prepare(arguments: int, _: int) -> None:
     """What all chunks share: x as codes, z = B x and the open channels. For the arguments see `product`."""
     table, x = read_int64(arguments, 8 * TABLE), read_int64(arguments, 8 * X)
-    n, bits = read_int64(table, 8 * N), read_int64(table, 8 * BITS)
+    n, bits, groups = read_int64(table, 8 * N), read_int64(table, 8 * BITS), read_int64(table, 8 * GROUPS)
     zero = -1 if read_int64(table, 8 * ZERO) else 8 if bits == 4 else 0
     codes = read_int64(arguments, 8 * ROUNDED)
     if read_int64(arguments, 8 * PATH) == VNNI:
-        finite = split_x(x, n, bits, zero, codes)
+        finite = split_x(x, n, bits, groups, zero, codes)
     else:
-        finite = _round_blocks(x, n, bits, zero, codes)
+        finite = _round_blocks(x, n, bits, groups, zero, codes)
     count = -1
     if finite:
         count = 0

@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray
 
 from rankgate.ops.cpu.compile import jit
-from rankgate.ops.cpu.quantized import BITS, CODES, RANK, ROW, SCALE, ZERO, A, M, N, columns_of
+from rankgate.ops.cpu.quantized import BITS, CODES, GROUPS, RANK, ROW, SCALE, ZERO, A, M, N, columns_of
 from rankgate.ops.cpu.tiles import GROUP, STEP, unpack_bytes, unpack_columns, unpack_nibbles
 from rankgate.ops.cpu.vector import (
     LINE,
@@ -50,7 +50,7 @@ def unpack(arguments: int, first: int, w: int, scale: int, zero: int) -> None:
     """
     m, bits, blocks = of_table(arguments, M), of_table(arguments, BITS), blocks_of(arguments, N)
     codes, scales, zeros = of_table(arguments, CODES), of_table(arguments, SCALE), of_table(arguments, ZERO)
-    stride = blocks * GROUP * bits // 8
+    stride, groups = blocks * GROUP * bits // 8, blocks * of_table(arguments, GROUPS)
     for i in range(0, GROUP, 16):
         row = min(first + i, m - 1)
         start, last, out = codes + row * stride, m - 1 - row, w + STEP * i
@@ -59,15 +59,15 @@ def unpack(arguments: int, first: int, w: int, scale: int, zero: int) -> None:
             unpack_nibbles(start, stride, last, blocks, out, ahead)
         else:
             unpack_bytes(start, stride, last, blocks, out, ahead)
-    for offset in range(0, 2 * GROUP * blocks, LINE):
-        ask(scales + 2 * (first + GROUP) * blocks + offset)
+    for offset in range(0, 2 * GROUP * groups, LINE):
+        ask(scales + 2 * (first + GROUP) * groups + offset)
     unit, middle = (np.float32(1 / 16), 8) if bits == 4 else (np.float32(1), 0)
     for i in range(GROUP):
-        row = min(first + i, m - 1) * blocks
-        for g in range(blocks):
+        row = min(first + i, m - 1) * groups
+        for g in range(groups):
             write_float(scale, 4 * (GROUP * g + i), read_bfloat16(scales, 2 * (row + g)) * unit)
         if zeros:
-            for g in range(blocks):
+            for g in range(groups):
                 z = np.int32(read_int8(zeros, row + g)) - middle
                 write_int32(zero, 4 * (GROUP * g + i), 16 * z if bits == 4 else z)
 

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from rankgate.ops.cpu.vector import FEATURES, LINE, prefetch
 
-GROUP = 64  # inputs with one scale; rows of a strip
+GROUP = 64  # inputs of a block; rows of a strip
 STEP = 4  # inputs that a lane takes at once
 BLOCK_BYTES = GROUP * GROUP  # of a strip's weights for one block
 DIGITS = 2 * GROUP  # bytes of a block of one token
@@ -178,20 +178,23 @@ def _tile(vectors: int, tokens: int) -> Any:
         x: Any,
         x_scale: Any,
         x_sum: Any,
+        x_sums: Any,
         blocks: Any,
+        groups: Any,
         steps: Any,
         sums: Any,
         ahead: Any,
     ) -> Any:
-        """sums[token][row] += Σ over blocks of s s_x Σ (w − 128 − z) x, for `vectors` · LANES rows and `tokens` tokens.
+        """sums[token][row] += Σ over groups of s s_x Σ (w − 128 − z) x, for `vectors` · LANES rows and `tokens` tokens.
 
         Every step of a digit asks for one more cache line from `ahead` on.
-        Addresses of the weights, of float32 scales and int32 zeros [block][64 rows] (0: they are zero), of x and its
-        scales and int32 sums [block][TILE], of sums [TILE][64]. steps: of each block.
+        Addresses of the weights, of float32 scales and int32 zeros [group][64 rows] (0: they are zero), of x and its
+        scales and int32 sums [block][TILE], `x_sums` bytes from one kind of sums to the next (see `round_block`), of
+        sums [TILE][64]. groups: 1 or 2 of each block. steps: of each group.
         """
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead = arguments
+            w, scale, zero, x, x_scale, x_sum, x_sums, blocks, groups, steps, sums, ahead = arguments
             totals = [[cgutils.alloca_once(builder, INTS) for _ in range(vectors)] for _ in range(tokens)]
 
             def accumulate(builder: Any, w: Any, x: Any, digit: int, asked: Any) -> None:
@@ -206,28 +209,33 @@ def _tile(vectors: int, tokens: int) -> Any:
                             total = builder.load(totals[t][v])
                             builder.store(_dot(builder, total, weights[v], value), totals[t][v])
 
-            with cgutils.for_range(builder, blocks) as loop:
-                g = loop.index
-                asked = builder.add(ahead, _times(builder, g, 2 * LINE * GROUP // STEP))
+            def add_group(builder: Any, g: Any, half: Any) -> None:
+                group, of_digit = builder.add(builder.mul(g, groups), half), _times(builder, steps, LINE)
+                asked = builder.add(ahead, builder.mul(group, _times(builder, of_digit, 2)))
+                before = builder.mul(half, steps)
                 weights = builder.add(w, _times(builder, g, BLOCK_BYTES))
+                weights = builder.add(weights, _times(builder, before, STEP * GROUP))
                 values = builder.add(x, _times(builder, g, DIGITS * TILE))
-                rows, of_tokens = _times(builder, g, 4 * GROUP), _times(builder, g, 4 * TILE)
-                x_sums = [_load(builder, builder.add(x_sum, of_tokens), 4 * t, INT) for t in range(tokens)]
+                values = builder.add(values, _times(builder, before, STEP))
+                rows, of_tokens = _times(builder, group, 4 * GROUP), _times(builder, g, 4 * TILE)
+                kind = builder.add(builder.sub(groups, LONG(1)), half)
+                own = builder.add(builder.add(x_sum, builder.mul(kind, x_sums)), of_tokens)
+                total_x = [_load(builder, own, 4 * t, INT) for t in range(tokens)]
                 for t in range(tokens):
                     for v in range(vectors):
-                        builder.store(_splat(builder, builder.neg(x_sums[t])), totals[t][v])
+                        builder.store(_splat(builder, builder.neg(total_x[t])), totals[t][v])
                 accumulate(builder, weights, values, 0, asked)
                 for row in totals:
                     for total in row:
                         builder.store(builder.shl(builder.load(total), _const(INTS, 7)), total)
                 with builder.if_then(builder.icmp_signed("!=", zero, LONG(0))):
                     for t in range(tokens):
-                        one = _splat(builder, x_sums[t])
+                        one = _splat(builder, total_x[t])
                         for v in range(vectors):
                             z = _load(builder, builder.add(zero, rows), 4 * LANES * v, INTS)
                             total = builder.load(totals[t][v])
                             builder.store(builder.sub(total, builder.mul(z, one)), totals[t][v])
-                accumulate(builder, weights, values, 1, builder.add(asked, LONG(LINE * GROUP // STEP)))
+                accumulate(builder, weights, values, 1, builder.add(asked, of_digit))
                 scales = [_load(builder, builder.add(scale, rows), 4 * LANES * v, FLOATS) for v in range(vectors)]
                 for t in range(tokens):
                     s = _splat(builder, _load(builder, builder.add(x_scale, of_tokens), 4 * t, FLOAT))
@@ -235,11 +243,14 @@ def _tile(vectors: int, tokens: int) -> Any:
                         offset = 4 * (GROUP * t + LANES * v)
                         value = builder.sitofp(builder.load(totals[t][v]), FLOATS)
                         product = builder.fmul(value, builder.fmul(s, scales[v]), flags=["contract"])
-                        before = _load(builder, sums, offset, FLOATS)
-                        _store(builder, builder.fadd(before, product, flags=["contract"]), sums, offset)
+                        added = _load(builder, sums, offset, FLOATS)
+                        _store(builder, builder.fadd(added, product, flags=["contract"]), sums, offset)
+
+            with cgutils.for_range(builder, blocks) as block, cgutils.for_range(builder, groups) as half:
+                add_group(builder, block.index, half.index)
             return context.get_dummy_value()
 
-        arguments = w, scale, zero, x, x_scale, x_sum, blocks, steps, sums, ahead
+        arguments = w, scale, zero, x, x_scale, x_sum, x_sums, blocks, groups, steps, sums, ahead
         return types.void(*arguments), codegen
 
     return tile
@@ -332,14 +343,16 @@ def add_columns(
 
 
 @intrinsic
-def round_block(_: Any, x: Any, out: Any, x_scale: Any, x_sum: Any) -> Any:
-    """64 float32 at `x` as digits at `out`, their float32 scale and the int32 sum of their codes.
+def round_block(_: Any, x: Any, out: Any, x_scale: Any, x_sum: Any, apart: Any) -> Any:
+    """64 float32 at `x` as digits at `out`, their float32 scale and int32 sums of their codes.
+
+    Sums: of all, of the first 32 and of the last 32, `apart` bytes from each other.
 
     Where a value is not finite the scale is NaN, and so is all that it is multiplied with.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, out, x_scale, x_sum = arguments
+        x, out, x_scale, x_sum, apart = arguments
         ints, floats = _vector(INT, 16), _vector(FLOAT, 16)
         values = [_load(builder, x, 64 * i, floats) for i in range(4)]
         bits = [builder.and_(builder.bitcast(v, ints), _const(ints, 0x7FFFFFFF)) for v in values]
@@ -353,16 +366,18 @@ def round_block(_: Any, x: Any, out: Any, x_scale: Any, x_sum: Any) -> Any:
         scale = builder.select(plain, builder.fmul(largest, FLOAT(1 / LARGEST)), builder.fmul(largest, FLOAT(0.0)))
         _store(builder, scale, x_scale, 0)
         factor, magic = _splat(builder, inverse, 16), builder.bitcast(_const(ints, ROUND), floats)
-        total = _const(ints, 0)
+        sums = [_const(ints, 0)] * 2
         for i, value in enumerate(values):
             shifted = builder.bitcast(builder.fadd(builder.fmul(value, factor), magic), ints)
             code = builder.sub(shifted, _const(ints, ROUND))
             high = builder.ashr(builder.add(code, _const(ints, 64)), _const(ints, 7))
             low = builder.sub(code, builder.shl(high, _const(ints, 7)))
-            total = builder.add(total, code)
+            sums[i // 2] = builder.add(sums[i // 2], code)
             for digit, part in enumerate((high, low)):
                 _store(builder, builder.trunc(part, _vector(BYTE, 16)), out, GROUP * digit + 16 * i)
-        _store(builder, _call(builder, "llvm.vector.reduce.add.v16i32", INT, total), x_sum, 0)
+        first, last = (_call(builder, "llvm.vector.reduce.add.v16i32", INT, total) for total in sums)
+        for kind, value in enumerate((builder.add(first, last), first, last)):
+            _store(builder, value, builder.add(x_sum, _times(builder, apart, kind)), 0)
         return context.get_dummy_value()
 
-    return types.void(x, out, x_scale, x_sum), codegen
+    return types.void(x, out, x_scale, x_sum, apart), codegen

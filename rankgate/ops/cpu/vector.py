@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-GROUP = 64  # codes per block: inputs with one scale in a row, outputs in a chunk of a column
+GROUP = 64  # codes per block: inputs with one scale or two in a row, outputs in a chunk of a column
 LINE = 64  # bytes of a cache line
 LANES = 8  # of 32 bits
 PAIRS = 2 * LANES  # lanes of 16 bits
@@ -141,39 +141,46 @@ def _float_nibbles(builder: Any, address: Any, offset: Any) -> list[Any]:
 
 
 def _row_dot(builder: Any, variant: int, arguments: list[Any]) -> Any:
-    nibbles, has_zero, plain = (bool(variant & bit) for bit in (1, 2, 4))
+    nibbles, has_zero, plain, halves = (bool(variant & bit) for bit in (1, 2, 4, 8))
     codes, scale, zero, x, x_scale, shifts, blocks = arguments
     load, width = (_short_nibbles, GROUP // 2) if nibbles else (_short_bytes, GROUP)
     total = cgutils.alloca_once_value(builder, _constant(0.0))
     with cgutils.for_range(builder, blocks) as loop:
         g = loop.index
-        shift = _load(builder, shifts, _times(builder, g, 4), WORD)
-        if has_zero:
-            shift = builder.mul(shift, builder.sext(_load(builder, zero, g, BYTE), WORD))
-        dot = builder.insert_element(_constant(0, WORDS), shift, WORD(0))
-        for i, w in enumerate(load(builder, codes, _times(builder, g, width))):
-            offset = builder.add(_times(builder, g, 2 * GROUP), g.type(2 * PAIRS * i))
-            dot = _add_products(builder, w, _load(builder, x, offset, SHORTS), dot, plain)
-        s = builder.fmul(
-            _bfloat16(builder, scale, _times(builder, g, 2)),
-            _load(builder, x_scale, _times(builder, g, 4), FLOAT),
-        )
-        builder.store(_fma(builder, _splat(builder, s), builder.sitofp(dot, FLOATS), builder.load(total)), total)
+        vectors = load(builder, codes, _times(builder, g, width))
+        parts = [[0, 2], [1, 3]] if nibbles else [[0, 1], [2, 3]]
+        if not halves:
+            parts = [parts[0] + parts[1]]
+        for half, part in enumerate(parts):
+            group = builder.add(_times(builder, g, len(parts)), g.type(half))
+            shift = _load(builder, shifts, _times(builder, group, 4), WORD)
+            if has_zero:
+                shift = builder.mul(shift, builder.sext(_load(builder, zero, group, BYTE), WORD))
+            dot = builder.insert_element(_constant(0, WORDS), shift, WORD(0))
+            for i in part:
+                offset = builder.add(_times(builder, g, 2 * GROUP), g.type(2 * PAIRS * i))
+                dot = _add_products(builder, vectors[i], _load(builder, x, offset, SHORTS), dot, plain)
+            s = builder.fmul(
+                _bfloat16(builder, scale, _times(builder, group, 2)),
+                _load(builder, x_scale, _times(builder, g, 4), FLOAT),
+            )
+            builder.store(_fma(builder, _splat(builder, s), builder.sitofp(dot, FLOATS), builder.load(total)), total)
     return _sum(builder, builder.load(total))
 
 
 @intrinsic
 def row_dot(_: Any, variant: Any, codes: Any, scale: Any, zero: Any, x: Any, x_scale: Any, shifts: Any, n: Any) -> Any:
-    """Σ over n blocks of s s_x (Σ q x + shift) for one row.
+    """Σ over n blocks of s_x Σ over their groups of s (Σ q x + shift), for one row.
 
     Addresses of its codes, bfloat16 scales and int8 zeros; of x (int16), its float32 scales, and one int32 shift
-    per block: −z Σ x where all rows share the zero z, and −Σ x, to be times z, where each block has its own.
-    variant: 1 for nibbles + 2 for a zero to each block + 4 for arithmetic that every processor has.
+    per group: −z Σ x where all rows share the zero z, and −Σ x, to be times z, where each group has its own.
+    variant: 1 for nibbles + 2 for a zero to each group + 4 for arithmetic that every processor has + 8 for two groups
+    in a block.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value = cgutils.alloca_once_value(builder, FLOAT(0.0))
-        for number in range(8):
+        for number in range(16):
             with builder.if_then(builder.icmp_signed("==", arguments[0], arguments[0].type(number))):
                 builder.store(_row_dot(builder, number, arguments[1:]), value)
         return builder.load(value)

@@ -3,6 +3,7 @@
 //     TILES, WARPS  a block takes 16 TILES rows, its warps turn by turn 64 bytes of each of them
 //     COLUMNS       and 8 COLUMNS tokens
 //     BITS, ZERO    of a code; whether groups have zeros of their own
+//     GROUPS        in a block of 64 inputs: 1 or 2
 //     HALF          whether x and out are float16 and not bfloat16
 //     OVERLAP       whether the kernel may begin before the one before it is through
 //
@@ -20,7 +21,8 @@
 #define OFFSET 128.f
 #endif
 #define BYTES 64              // of a row that a warp takes together
-#define GROUPS (8 / BITS)     // of 64 inputs in them
+#define BLOCKS (8 / BITS)     // of 64 inputs in them
+#define SCALES (BITS == 4 ? GROUPS : 1)  // of the codes of a thread: nibbles, low and high, are of both groups
 #define STEPS (32 / BITS)     // products of 16 inputs
 #define MINUS_ZERO 0x80008000u
 #define RESULTS ((COLUMNS * 8 * TILES * 16 + 32 * WARPS - 1) / (32 * WARPS))  // of a thread
@@ -41,14 +43,15 @@ __device__ __forceinline__ uint4 streamed(const unsigned char* p) {
 
 struct Row {  // 16 bytes of one
     u32 word[4];
-    float scale, zero;
+    float scale[SCALES], zero[SCALES];
 };
 
 // (q - z) s of four codes of a word, as the two pairs of a fragment: at 4 bits of its low nibbles or its high ones
 __device__ __forceinline__ void weights(const Row& row, int step, u32& first, u32& second) {
 #if BITS == 4
     const u32 word = row.word[step / 2] >> 4 * (step % 2);
-    const u32 zero = both(-OFFSET - row.zero, -OFFSET - row.zero), scale = both(row.scale, row.scale);
+    const float z = -OFFSET - row.zero[step % SCALES], s = row.scale[step % SCALES];
+    const u32 zero = both(z, z), scale = both(s, s);
     asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(first) : "r"(word), "r"(MAGIC));
     asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(second) : "r"(word >> 8), "r"(MAGIC));
     first = fma2(fma2(first, ONE, zero), scale, MINUS_ZERO);
@@ -59,7 +62,7 @@ __device__ __forceinline__ void weights(const Row& row, int step, u32& first, u3
 #pragma unroll
     for (int i = 0; i < 4; i++) {  // under the exponent of 2^23
         const float code = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7650 + i)) - 8388736.f;
-        value[i] = (code - row.zero) * row.scale;
+        value[i] = (code - row.zero[0]) * row.scale[0];
     }
     first = both(value[0], value[1]);
     second = both(value[2], value[3]);
@@ -73,21 +76,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) fragments(
     __shared__ float sums[WARPS][COLUMNS * 8][TILES * 16 + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const int first_token = blockIdx.x * COLUMNS * 8, first_row = blockIdx.y * TILES * 16;
-    const int chunks = (blocks + GROUPS - 1) / GROUPS;
+    const int chunks = (blocks + BLOCKS - 1) / BLOCKS;
     const long n = (long)blocks * 64;
     float total[TILES][COLUMNS][4] = {};
     Row next[2 * TILES];
 
     auto load = [&](int chunk) {
-        const int group = chunk * GROUPS + c * GROUPS / 4;
-        const bool there = group < blocks;
+        const int block = chunk * BLOCKS + c * BLOCKS / 4;
+        const bool there = block < blocks;
 #pragma unroll
         for (int i = 0; i < 2 * TILES; i++) {
-            const long at = (long)min(first_row + 8 * i + r, m - 1) * blocks + (there ? group : 0);
+            const long at = (long)min(first_row + 8 * i + r, m - 1) * blocks + (there ? block : 0);
             const uint4 v = streamed(codes + at * 8 * BITS + 16 * (c % (BITS / 2)));
             next[i].word[0] = v.x, next[i].word[1] = v.y, next[i].word[2] = v.z, next[i].word[3] = v.w;
-            next[i].scale = there ? of_bfloat16(scale[at]) : 0.f;
-            next[i].zero = ZERO ? zero[at] : BITS == 4 ? 8.f : 0.f;
+#pragma unroll
+            for (int k = 0; k < SCALES; k++) {
+                const long group = at * GROUPS + (BITS == 4 ? k : c / 2 * (GROUPS - 1));
+                next[i].scale[k] = there ? of_bfloat16(scale[group]) : 0.f;
+                next[i].zero[k] = ZERO ? zero[group] : BITS == 4 ? 8.f : 0.f;
+            }
         }
     };
 
@@ -99,16 +106,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) fragments(
 #pragma unroll
         for (int i = 0; i < 2 * TILES; i++) row[i] = next[i];
         load(chunk + WARPS);
-        const int group = chunk * GROUPS + c * GROUPS / 4;
+        const int block = chunk * BLOCKS + c * BLOCKS / 4;
         u32 b[COLUMNS][2 * STEPS];
 #pragma unroll
         for (int t = 0; t < COLUMNS; t++) {
             const long token = min(first_token + 8 * t + r, tokens - 1);
-            const uint4* from = (const uint4*)(x + token * n + (group < blocks ? group : 0) * 64 + 16 * (c % (BITS / 2)));
+            const uint4* from = (const uint4*)(x + token * n + (block < blocks ? block : 0) * 64 + 16 * (c % (BITS / 2)));
 #pragma unroll
             for (int q = 0; q < STEPS / 2; q++) {
                 // at 4 bits the 16 low nibbles are of inputs 0 ... 15, the high ones of 32 ... 47, bytes 0 and 2 a pair
-                const uint4 v = group < blocks ? from[BITS == 4 ? q / 2 * 4 + q % 2 : q] : make_uint4(0, 0, 0, 0);
+                const uint4 v = block < blocks ? from[BITS == 4 ? q / 2 * 4 + q % 2 : q] : make_uint4(0, 0, 0, 0);
 #if BITS == 4
                 u32* to = &b[t][8 * (q % 2) + 2 * (q / 2)];  // of two words, for each of which low and high alternate
                 to[0] = __byte_perm(v.x, v.y, 0x5410), to[1] = __byte_perm(v.x, v.y, 0x7632);

@@ -17,6 +17,7 @@ from torch import Tensor
 from rankgate.ops.gpu import united
 from rankgate.ops.gpu.launch import launch
 from rankgate.ops.gpu.quantized import padded
+from rankgate.quantized import groups_of
 
 LARGEST = 64  # tokens at once
 
@@ -37,20 +38,20 @@ def shape(tokens: int, m: int, bits: int) -> dict[str, int]:
 def multiply(x: Tensor, parts: list[Any]) -> Tensor:
     """y (tokens, m) from 2 to 64 tokens that `launch.takes` (tokens, n), and `QuantizedGroup.parts`."""
     codes, scale, zero, *added = parts
-    (m, blocks), tokens = scale.shape, len(x)
+    (tokens, n), m = x.shape, len(codes)
     bits, half = 4 if codes.dtype == torch.uint8 else 8, int(x.dtype == torch.float16)
     block = shape(tokens, m, bits)
     whole, y = padded(x), x.new_empty((tokens, m))
-    extra = united.added(whole, m, x.shape[1], *added)
+    extra = united.added(whole, m, n, *added)
     launch(
         "fragments",
         "fragments",
-        {**block, "BITS": bits, "ZERO": int(zero is not None), "HALF": half},
+        {**block, "BITS": bits, "ZERO": int(zero is not None), "GROUPS": groups_of(scale, n), "HALF": half},
         (triton.cdiv(tokens, 8 * block["COLUMNS"]), triton.cdiv(m, 16 * block["TILES"]), 1),
         32 * block["WARPS"],
         [
             *(whole, y, codes, scale, scale if zero is None else zero, y if extra is None else extra),
-            *(tokens, m, blocks, 0 if extra is None else len(extra)),
+            *(tokens, m, whole.shape[1] // 64, 0 if extra is None else len(extra)),
         ],
         x.device,
     )

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from rankgate.ops.gpu import refined
 from rankgate.ops.gpu.overlap import begin, overlaps
 from rankgate.ops.gpu.tuning import tuned
+from rankgate.quantized import groups_of
 
 SMALL = 1 << 22  # weights, below which a launch takes longer than reading them
 ONE = 0x3F800000  # float32 1, an argument because the compiler moves constants to a register for every word
@@ -70,6 +71,19 @@ def _two(packed, dtype: tl.constexpr):
     return first, second
 
 
+@triton.jit
+def _sum(y, v, zero, group, BITS: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr):
+    """Σ (q − z) x of each group (batch, rows, groups), from parts of Σ q x / 128 or Σ q x, and of Σ x, in each word."""
+    PER: tl.constexpr = y.shape[2] // GROUPS
+    y = tl.sum(tl.reshape(y, (y.shape[0], y.shape[1], GROUPS, PER)), 3)
+    if ZERO:
+        z = tl.load(zero + group).to(tl.float32)
+        if BITS == 4:
+            z /= 128
+        y -= z * tl.sum(tl.reshape(v, (v.shape[0], 1, GROUPS, PER)), 3)
+    return y * 128 if BITS == 4 else y
+
+
 def _fitting(configs: list[triton.Config], named: dict[str, int], *, BATCH: int, **__: object) -> list[triton.Config]:
     """Those whose sums fit into registers; of a small matrix only the last, there is nothing to gain."""
     fitting = [config for config in configs if config.kwargs["ROWS"] * BATCH <= 128]
@@ -98,58 +112,57 @@ def _multiply(
     one,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
+    SPLIT: tl.constexpr,
     BATCH: tl.constexpr,
     PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """out = Q x + Σ extra, over its PARTS, for some rows and all tokens."""
+    """out = Q x + Σ extra, over its PARTS, for some rows and all tokens. SPLIT: 2 if a block has two groups, else 1."""
     if PARTS == 0:
         begin(OVERLAP)
     elif OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # `refined._produce` has waited for x
-    PER: tl.constexpr = 2 * BITS  # words of a group of 64
-    GROUPS: tl.constexpr = WORDS // PER
+    PER: tl.constexpr = 2 * BITS  # words of a block of 64
+    SIDE: tl.constexpr = 1 if BITS == 4 else SPLIT  # groups of a block side by side: nibbles of two are in each word
+    GROUPS: tl.constexpr = WORDS // PER * SIDE
     words, size = codes.to(tl.pointer_type(tl.int32)), blocks * PER
     batch, rows = tl.arange(0, BATCH)[:, None], tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, row = tl.minimum(batch, tokens - 1)[:, :, None], tl.minimum(rows, m - 1)[None, :, None]
     total = tl.zeros((BATCH, ROWS, GROUPS), tl.float32)
-    for start in range(0, blocks, GROUPS):
+    for start in range(0, blocks, WORDS // PER):
         w = start * PER + tl.arange(0, WORDS)[None, None, :]
         q = tl.load(words + row * size + w, mask=w < size, other=0)
-        block = row * blocks + tl.minimum(start + tl.arange(0, GROUPS), blocks - 1)[None, None, :]
-        s = tl.load(scale + block).to(tl.float32)
-        first = token * (16 * blocks) + w // PER * 16 + w % PER  # of the fours of inputs: 16 in a group
+        at = tl.minimum(start * SIDE + tl.arange(0, GROUPS), blocks * SIDE - 1)[None, None, :]
+        group = (row * (blocks * SIDE) + at) * (SPLIT // SIDE)
+        s = tl.load(scale + group).to(tl.float32)
+        first = token * (16 * blocks) + w // PER * 16 + w % PER  # of the fours of inputs: 16 in a block
         x0, x1, x2, x3 = _four(x, first, w < size)
+        v = (x0 + x1) + (x2 + x3)
         if BITS == 4:
             x4, x5, x6, x7 = _four(x, first + 8, w < size)
-            low, high = (x0 + x1) + (x2 + x3), (x4 + x5) + (x6 + x7)
-            v = low + high
-            offset = low + 16 * high
-            if not ZERO:
-                offset += 0.0625 * v  # 8 / 128
+            above = (x4 + x5) + (x6 + x7)
+            middle = 0.0 if ZERO else 0.0625  # 8 / 128
             right, left = q >> 8, q << 8
-            y = _low(q, one) * x2 - offset
-            y += _high(q, one) * (16 * x5)
+            y = _low(q, one) * x2 - (1 + middle) * v
             y += _low(left, one) * x1
-            y += _high(left, one) * (16 * x4)
             y += _low(right, one) * x3
-            y += _high(right, one) * (16 * x6)
             y += _low(q << 16, one) * x0
-            y += _high(q >> 16, one) * (16 * x7)
-            s *= 128
+            high = _high(q, one) * (16 * x5) - (16 + middle) * above
+            high += _high(left, one) * (16 * x4)
+            high += _high(right, one) * (16 * x6)
+            high += _high(q >> 16, one) * (16 * x7)
+            if SPLIT == 2:
+                second = tl.load(scale + group + 1).to(tl.float32)
+                total += second * _sum(high, above, zero, group + 1, BITS, ZERO, GROUPS)
+            else:
+                y += high
+                v += above
         else:
             q = q ^ -2139062144  # 0x80808080
-            v = (x0 + x1) + (x2 + x3)
             y = _byte(q, 0) * x0 + _byte(q, 8) * x1 + _byte(q, 16) * x2 + _byte(q, 24) * x3
-        y = tl.sum(tl.reshape(y, (BATCH, ROWS, GROUPS, PER)), 3)
-        if ZERO:
-            z = tl.load(zero + block).to(tl.float32)
-            if BITS == 4:
-                z /= 128
-            y -= z * tl.sum(tl.reshape(v, (BATCH, 1, GROUPS, PER)), 3)
-        total += s * y
+        total += s * _sum(y, v, zero, group, BITS, ZERO, GROUPS)
     y = tl.sum(total, 2)
     place, inside = batch * m + rows, (batch < tokens) & (rows < m)
     if OVERLAP and PARTS > 0:
@@ -161,14 +174,15 @@ def _multiply(
 
 def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: Tensor | None) -> Tensor:
     """y (tokens, m) from at most 8 tokens x (tokens, n) and the tensors of `QuantizedGroup.parts`."""
-    (m, blocks), tokens, bits = scale.shape, len(x), 4 if codes.dtype == torch.uint8 else 8
+    (tokens, n), m, bits = x.shape, len(codes), 4 if codes.dtype == torch.uint8 else 8
     whole, y = padded(x), x.new_empty((tokens, m))
     extra = refined.added(x, m, *added)
     overlap = overlaps(x.device)
     _multiply[lambda config: (triton.cdiv(m, config["ROWS"]),)](
-        *(whole, y, codes, scale, zero, extra, tokens, m, blocks, ONE),
+        *(whole, y, codes, scale, zero, extra, tokens, m, whole.shape[1] // 64, ONE),
         BITS=bits,
         ZERO=zero is not None,
+        SPLIT=groups_of(scale, n),
         BATCH=triton.next_power_of_2(tokens),
         PARTS=0 if extra is None else len(extra),
         OVERLAP=overlap,

@@ -1,12 +1,12 @@
-// W = Q + A diag(s) B + E, rounded to 16 bits once, for a strip of 128 rows and one group of 64 columns; see unpack.py,
+// W = Q + A diag(s) B + E, rounded to 16 bits once, for a strip of 128 rows and one block of 64 columns; see unpack.py,
 // which defines
 //
-//     BITS, ZERO, HALF   as in fragments.cu
-//     STEPS              sixteens of components of A and B, 0 without them
-//     REFINED            whether there is an E
+//     BITS, ZERO, GROUPS, HALF   as in fragments.cu
+//     STEPS                      sixteens of components of A and B, 0 without them
+//     REFINED                    whether there is an E
 //
 // A thread has eight rows, which are a word of the plane: that lies there by column and is turned in shared memory; and
-// four columns in either half of the group. Which rows and columns a tile of mma.m16n8k16 consists of does not matter:
+// four columns in either half of the block. Which rows and columns a tile of mma.m16n8k16 consists of does not matter:
 // with rows p and p + 32 of a word, and the columns of a thread side by side in four tiles, A diag(s) B is computed
 // where it is needed. A nibble at bit 16 under the exponent of 1 is 1 + q / 128.
 
@@ -35,15 +35,18 @@ extern "C" __global__ void __launch_bounds__(128) unpack(
     const int strip = start / 128 + blockIdx.y, block = blockIdx.x, word = warp / 2 * 8 + g, quad = warp % 2 * 4 + t;
     const int first = strip * 128 + word / 8 * 64 + word % 8 * 4, at = block * 64 + 4 * quad;
     u32 q[ROWS][PER];
-    float s[ROWS], z[ROWS], of_row[ROWS];
+    float s[ROWS][GROUPS], z[ROWS][GROUPS], of_row[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const int row = min(first + i % 4 + 32 * (i / 4), stop - 1);
-        const long group = (long)row * blocks + block;
+        const long place = (long)row * blocks + block;
 #pragma unroll
-        for (int k = 0; k < PER; k++) q[i][k] = codes[group * 2 * BITS + quad + 8 * k];
-        s[i] = of_bfloat16(scale[group]);
-        z[i] = ZERO ? zero[group] : BITS == 4 ? 8.f : 0.f;
+        for (int k = 0; k < PER; k++) q[i][k] = codes[place * 2 * BITS + quad + 8 * k];
+#pragma unroll
+        for (int k = 0; k < GROUPS; k++) {
+            s[i][k] = of_bfloat16(scale[place * GROUPS + k]);
+            z[i][k] = ZERO ? zero[place * GROUPS + k] : BITS == 4 ? 8.f : 0.f;
+        }
 #if REFINED
         of_row[i] = of_bfloat16(row_factor[row]);
 #endif
@@ -109,10 +112,11 @@ extern "C" __global__ void __launch_bounds__(128) unpack(
             float value[COLUMNS];
 #pragma unroll
             for (int j = 0; j < COLUMNS; j++) {
+                const float scale = s[i][j / 4 * (GROUPS - 1)], zero = z[i][j / 4 * (GROUPS - 1)];
 #if BITS == 4
-                value[j] = nibble(q[i][0], j % 4 * 2 + j / 4) * (128 * s[i]) - (128 + z[i]) * s[i];
+                value[j] = nibble(q[i][0], j % 4 * 2 + j / 4) * (128 * scale) - (128 + zero) * scale;
 #else
-                value[j] = (signed_byte(q[i][j / 4], j % 4) - z[i]) * s[i];
+                value[j] = (signed_byte(q[i][j / 4], j % 4) - zero) * scale;
 #endif
 #if STEPS
                 value[j] += low[j % 4][2 * h + j / 4];

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from rankgate.ops.gpu.launch import launch, takes
-from rankgate.quantized import QuantizedGroup
+from rankgate.quantized import GROUP, QuantizedGroup, groups_of
 
 CACHED = 16 << 20  # bytes of a strip at most, if there is work enough in it
 CACHE = 48 << 20  # bytes, beyond which there is no reason for strips
@@ -34,7 +34,8 @@ def multiply(x: Tensor, parts: list[Any]) -> Tensor:
     if not takes(x):
         opened = None if threshold is None else torch.full_like(threshold, -1)
         return QuantizedGroup.of(x.shape[1], [*parts[:-1], opened]).reference(x)
-    (tokens, n), (m, blocks) = x.shape, scale.shape
+    (tokens, n), m = x.shape, len(codes)
+    blocks = triton.cdiv(n, GROUP)
     y = x.new_empty((tokens, m))
     of_row = n * x.element_size()
     strip = max(CACHED // of_row, WORK // tokens)
@@ -43,6 +44,7 @@ def multiply(x: Tensor, parts: list[Any]) -> Tensor:
     strip = min(max(strip // ROWS * ROWS, ROWS), m)
     W = x.new_empty((strip, n))
     values = {"BITS": 4 if codes.dtype == torch.uint8 else 8, "ZERO": int(zero is not None)}
+    values["GROUPS"] = groups_of(scale, n)
     values |= {"HALF": int(x.dtype == torch.float16), "REFINED": int(plane is not None)}
     known = [W if t is None else t for t in (W, *parts[:-1])]
     rank = 0 if A is None else A.shape[1]
