@@ -52,10 +52,14 @@ def dither_(model: PreTrainedModel) -> None:
     """Add uniform noise of one step of the old grid to every weight of the linears, in place."""
     generator = torch.Generator().manual_seed(SEED)
     for module in linears(model).values():
-        groups = module.weight.unflatten(-1, (-1, OLD_GROUP))
-        step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / OLD_LEVELS
-        noise = torch.rand(groups.shape, generator=generator) - 0.5
-        module.weight.add_((noise * step).flatten(-2))
+        module.weight.add_(noise(module.weight, generator))
+
+
+def noise(W: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform noise, one step of the old grid wide, for every weight of W (m × n)."""
+    groups = W.unflatten(-1, (-1, OLD_GROUP))
+    step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / OLD_LEVELS
+    return ((torch.rand(groups.shape, generator=generator) - 0.5) * step).flatten(-2)
 
 
 @torch.no_grad()

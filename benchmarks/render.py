@@ -11,6 +11,7 @@ from pathlib import Path
 import attention
 import attention_quality
 import attention_speed
+import blocks
 import calibration
 import concurrency
 import controls
@@ -22,6 +23,7 @@ import gpu_convert
 import gpu_decode
 import gpu_exact
 import gpu_kernels
+import gpu_tensor_parallel
 import harness
 import memory
 import peers
@@ -109,6 +111,7 @@ def results() -> Iterator[str]:
     yield speed.plans(load("plans"))
     yield speed.section(load("speed"))
     yield peers.section()
+    yield blocks.section(load("blocks"))
     yield foundation.section(load("foundation"))
     yield memory.section(load("memory"))
     yield calibration.section(load("calibration"))
@@ -123,6 +126,7 @@ def results() -> Iterator[str]:
     yield from of_each(gpu_kernels.section, "gpu_kernels")
     yield "![bandwidth against bytes read, for each kernel](roofline.png)\n"
     yield from of_each(gpu_batches.section, "gpu_batches")
+    yield from of_each(gpu_tensor_parallel.section, "gpu_tensor_parallel")
     yield from of_each(gpu_exact.section, "gpu_exact")
     yield from of_each(gpu_convert.section, "gpu_convert")
 

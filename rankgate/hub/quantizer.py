@@ -47,7 +47,12 @@ class RankgateQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
-        """Every tensor once: of members of a group as `stored` says, of shared gates under the first name."""
+        """Every tensor once: of members of a group as `stored` says, of shared gates under the first name.
+
+        Raises RankgateError if the model is sharded.
+        """
+        if getattr(self, "tp_size", 1) > 1:
+            raise RankgateError("a sharded model has only parts of its layers; save it where it is whole")
         from rankgate.conversion.convert import converted_layers
         from rankgate.core import GroupedLinear
         from rankgate.hub.stored import tensors_of
@@ -65,11 +70,7 @@ class RankgateQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from rankgate.hub.loading import refuse_missing_
 
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise RankgateError(
-                "transformers cannot shard converted weights; leave out distributed_config and tp_plan, or serve the "
-                "model by vLLM with --tensor-parallel-size (pip install 'rankgate[vllm]')"
-            )
+        self.tp_size = self._tp_size(model)
         refuse_missing_(model, converted=self.pre_quantized)
         if self.pre_quantized:
             import torch
@@ -85,6 +86,29 @@ class RankgateQuantizer(HfQuantizer):
                 parent = model.get_submodule(module["name"].rpartition(".")[0])
                 if not parent._non_persistent_buffers_set:  # what it has itself is stored
                     parent._is_hf_initialized = True  # type: ignore[assignment]
+
+    def _tp_size(self, model: PreTrainedModel) -> int:
+        """How many processes share each layer."""
+        wanted = getattr(model.config, "distributed_config", None)
+        if wanted is None:
+            return 1
+        if not self.pre_quantized:
+            raise RankgateError("a model cannot be converted while it is sharded; convert and save it before")
+        if wanted.tp_size == 1 or any(getattr(wanted, f"{kind}_size", 1) > 1 for kind in ("dp", "pp", "ep")):
+            raise RankgateError("converted weights can be shared by tensor parallelism alone; give tp_size only")
+        return int(wanted.tp_size)
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Takes converted layers out of the plan for tensor parallelism, which `sharding` carries out for them."""
+        if self.tp_size == 1 or plan is not model.tp_plan:
+            return
+        from torch import nn
+
+        from rankgate.hub.sharding import take_styles
+
+        names = [spec["name"] for spec in self.quantization_config.modules or []]
+        dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        self.styles = take_styles(names, dense, plan)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from rankgate.conversion.convert import methods_of
@@ -106,6 +130,12 @@ class RankgateQuantizer(HfQuantizer):
             freeze_(model)
             for method in methods_of(config.build(), config.others()):
                 method.attach(model)
+            if self.tp_size > 1:
+                from rankgate.hub.sharding import Share, shard_
+
+                assert model._device_mesh is not None
+                mesh = model._device_mesh["tp"]
+                shard_(model, self.styles, Share(mesh.get_local_rank(), mesh.size(), mesh.get_group()))
         else:
             convert_loaded_(model, self.quantization_config)
         return model

@@ -57,21 +57,28 @@ def write(model: PreTrainedModel, template: Path, file: Path, adapter: Path | No
     names = _names(reader, found)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     orders = {member.name: _order(stored.get(names[member.name]), member, reader) for member in found}
-    writer = GGUFWriter(file, _text(reader, "general.architecture"))
     blocks = {names[member.name]: blocks_of(member.base, orders[member.name], member.name) for member in found}
     kinds = [kind for _, kind in blocks.values()]
-    _copy_fields(reader, writer, FILE_TYPES[max(kinds, key=kinds.count)])
-    for name, tensor in stored.items():
-        if name not in blocks:
-            writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, (data, kind) in blocks.items():
-        writer.add_tensor(name, data, raw_dtype=kind)
-    _finish(writer)
+    copy(reader, file, blocks, FILE_TYPES[max(kinds, key=kinds.count)])
     if adapter is not None:
         _write_adapter(found, names, orders, _text(reader, "general.architecture"), adapter)
     scales = torch.cat([member.base.scale.detach().float().flatten() for member in found])
     counts = {kind.name: kinds.count(kind) for kind in sorted(set(kinds))}
     return Written(counts, int((scales.half().float() != scales).sum()), scales.numel())
+
+
+def copy(
+    reader: GGUFReader, file: Path, others: dict[str, tuple[np.ndarray, GGMLQuantizationType]], file_type: int
+) -> None:
+    """Write what `reader` has, but for tensors of these names, as `file`. file_type: what GGUF calls its kind."""
+    writer = GGUFWriter(file, _text(reader, "general.architecture"))
+    _copy_fields(reader, writer, file_type)
+    for tensor in reader.tensors:
+        if tensor.name not in others:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, (data, kind) in others.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    _finish(writer)
 
 
 def blocks_of(base: QuantizedMatrix, order: Tensor, name: str) -> tuple[np.ndarray, GGMLQuantizationType]:

@@ -1,0 +1,162 @@
+"""Tensor parallelism in transformers: every process keeps its part of each converted layer.
+
+    model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=2))
+
+in a script that `torchrun --nproc-per-node 2` starts. The architecture's plan says which layers are split by rows
+(colwise: q, k, v, gate, up) and which by columns (rowwise: o, down), whose outputs are added up over the processes.
+Transformers carries it out for dense weights. Of stored codes rows of one member are not rows of a group, and columns
+come in blocks: so converted layers are taken out of the plan, read whole by every process, and cut here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from transformers import PreTrainedModel
+
+from rankgate.conversion.convert import converted_layers
+from rankgate.core import GatedGroup, GroupedLinear, LinearGroup, Subspace
+from rankgate.errors import RankgateError
+from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
+
+ELSE = "open it without distributed_config, or serve it by vLLM (pip install 'rankgate[vllm]')"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of process `rank` of `size`, which `group` joins."""
+
+    rank: int
+    size: int
+    group: Any
+
+    def of(self, start: int, stop: int) -> range:
+        """What of start … stop is its own."""
+        each = (stop - start) // self.size
+        return range(start + self.rank * each, start + (self.rank + 1) * each)
+
+
+class SummedLinear(GroupedLinear):
+    """Some columns of a layer: its outputs are added up over the processes. Inference only."""
+
+    def __init__(self, layer: GroupedLinear, group: LinearGroup, processes: Any) -> None:
+        super().__init__(group, layer.start, layer.stop, layer.bias)
+        self.processes = processes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raises RankgateError if gradients are asked for, which would lack those of the other processes."""
+        if x.requires_grad:
+            raise RankgateError("a model that is sharded cannot be trained; open it without distributed_config")
+        y = self.group.rows(x, self.start, self.stop).clone()
+        distributed.all_reduce(y, group=self.processes)
+        return y if self.bias is None else y + self.bias
+
+
+def take_styles(names: Sequence[str], dense: Sequence[str], plan: dict[str, str]) -> dict[str, str]:
+    """How converted layers of these names are split, which is taken out of `plan`.
+
+    dense: names of linears that transformers splits by the same plan. Raises RankgateError if one rule is for both.
+    """
+    found = {name: plan[rule] for name in names if (rule := _rule(name)) in plan}
+    rules = {_rule(name) for name in found}
+    if both := [name for name in dense if _rule(name) in rules]:
+        raise RankgateError(
+            f"{both[0]} is dense and the same layer elsewhere is converted: no plan splits both; {ELSE}"
+        )
+    for rule in rules:
+        del plan[rule]
+    return found
+
+
+def _rule(name: str) -> str:
+    """`model.layers.*.mlp.up_proj` of a layer's name."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def shard_(model: PreTrainedModel, styles: Mapping[str, str], share: Share) -> None:
+    """Cut the converted layers of a model to the part of one process, in place.
+
+    Raises RankgateError where heads or blocks of 64 inputs do not divide, and for methods that need all of an input.
+    """
+    config: Any = model.config.get_text_config()
+    for what in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, what, None) or share.size
+        if count % share.size:
+            raise RankgateError(f"{what} is {count}, which {share.size} processes cannot share; use another tp_size")
+    groups: dict[LinearGroup, dict[str, GroupedLinear]] = {}
+    for name, layer in converted_layers(model):
+        style = styles.get(name)
+        if style is None or style == "colwise_gather_output":  # as each process has its inputs whole
+            continue
+        if not isinstance(layer, GroupedLinear) or style not in ("colwise", "rowwise"):
+            raise RankgateError(f"{name} ({type(layer).__name__}, {style}) cannot be split; {ELSE}")
+        groups.setdefault(layer.group, {})[name] = layer
+    for group, members in groups.items():
+        kinds = {styles[name] for name in members}
+        if len(kinds) > 1:
+            raise RankgateError(f"{', '.join(members)} are one input group, but split differently; {ELSE}")
+        made = _by_rows(group, members, share) if kinds == {"colwise"} else _by_columns(group, members, share)
+        for name, layer in made.items():
+            model.set_submodule(name, layer)
+
+
+def _by_rows(group: LinearGroup, members: dict[str, GroupedLinear], share: Share) -> dict[str, GroupedLinear]:
+    rows: list[int] = []
+    made: dict[str, tuple[int, int, Tensor | None]] = {}
+    for name, layer in sorted(members.items(), key=lambda pair: pair[1].start):
+        if layer.out_features % share.size:
+            raise RankgateError(f"{name} has {layer.out_features} outputs, which {share.size} processes cannot share")
+        own = share.of(layer.start, layer.stop)
+        bias = None if layer.bias is None else layer.bias[own.start - layer.start : own.stop - layer.start].clone()
+        made[name] = len(rows), len(rows) + len(own), bias
+        rows += own
+    cut = _cut(group, torch.tensor(rows), None)
+    return {name: GroupedLinear(cut, *rest) for name, rest in made.items()}
+
+
+def _by_columns(group: LinearGroup, members: dict[str, GroupedLinear], share: Share) -> dict[str, GroupedLinear]:
+    name = next(iter(members))
+    if isinstance(group, GatedGroup) and group.W is not None:
+        raise RankgateError(f"the gate of {name} needs all of its input, which no process has; {ELSE}")
+    if group.n % (share.size * GROUP):
+        raise RankgateError(
+            f"{name} has {group.n} inputs, of which each of {share.size} processes would get no whole blocks of "
+            f"{GROUP}; use another tp_size"
+        )
+    cut = _cut(group, None, share.of(0, group.n))
+    return {name: SummedLinear(layer, cut, share.group) for name, layer in members.items()}
+
+
+def _cut(group: LinearGroup, rows: Tensor | None, columns: range | None) -> LinearGroup:
+    """Some rows, or some columns, of a group."""
+    at = slice(None) if columns is None else slice(columns.start, columns.stop)
+    which = slice(None) if rows is None else rows
+
+    def part(tensor: Tensor, per_block: int | None = None) -> Tensor:
+        """Of a matrix; per_block: how many of its columns a block of 64 inputs has."""
+        chosen = tensor.detach()[which]
+        if per_block is not None and columns is not None:
+            chosen = chosen[:, columns.start // GROUP * per_block : columns.stop // GROUP * per_block]
+        return chosen.clone()
+
+    if isinstance(group, GatedGroup):
+        W = None if group.W is None else part(group.W)
+        return GatedGroup(Subspace(group.subspace.B.detach()[:, at].clone(), group.subspace.eps), part(group.A), W)
+    assert isinstance(group, QuantizedGroup)
+    base, low, fine = group.base, group.low_rank, group.refinement
+    of_groups = GROUP // base.group_size
+    zero = None if base.zero is None else part(base.zero, of_groups)
+    n = base.n if columns is None else len(columns)
+    codes, scale = part(base.codes, GROUP * base.bits // 8), part(base.scale, of_groups)
+    matrix = QuantizedMatrix(n, codes, scale, zero)
+    if low is not None:
+        low = LowRank(part(low.A), low.B.detach()[:, at].clone(), low.scale.detach().clone())
+    if fine is not None:
+        vectors = part(fine.row), fine.column.detach()[at].clone(), fine.gate.threshold.detach()[at].clone()
+        fine = Refinement.pack(fine.unpack()[which][:, at], *vectors)
+    return QuantizedGroup(matrix, low, fine)
