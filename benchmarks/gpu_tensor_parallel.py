@@ -49,7 +49,11 @@ def measured(rank: int, processes: int) -> Iterator[Row]:
         text = greedy(model) if rank == 0 else None
         distributed.barrier()
         names = [name for name, _ in converted_layers(model)]
-        shard_(model, take_styles(names, [], dict(model.tp_plan)), Share(rank, processes, distributed.group.WORLD))
+        shard_(
+            model,
+            take_styles(names, [], dict(model.tp_plan)),
+            Share(rank, processes, distributed.group.WORLD),
+        )
         torch.manual_seed(0)  # the same texts everywhere: they end together
         together = {count: step(model, count) for count in SEQUENCES}
         other = greedy(model)

@@ -20,16 +20,18 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from rankgate.conversion.convert import converted_layers
-from rankgate.core import GatedGroup, GroupedLinear, LinearGroup, Subspace
+from rankgate.core import GatedGroup, GroupedLinear, LinearGroup, Subspace, operators
 from rankgate.errors import RankgateError
 from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
 
+EMBEDDINGS = ("embedding_rowwise", "colwise_gather_output")  # styles that transformers has for them
+WHOLE = "replicate"  # which leaves them as they are: DTensors cannot be captured
 ELSE = "open it without distributed_config, or serve it by vLLM (pip install 'rankgate[vllm]')"
 
 
 @dataclass(frozen=True)
 class Share:
-    """The part of process `rank` of `size`, which `group` joins."""
+    """The part of process `rank` of `size`; `group` is their process group."""
 
     rank: int
     size: int
@@ -41,19 +43,35 @@ class Share:
         return range(start + self.rank * each, start + (self.rank + 1) * each)
 
 
+_processes: dict[str, Any] = {}  # by name: an operator cannot be given a process group itself
+
+
+def summed(x: Tensor, group: str) -> Tensor:
+    """The sum of x (any shape) over the processes of a group of this name: one operator for graphs and compilers."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total, group=_processes[group])
+    return total
+
+
+operators.define("summed(Tensor x, str group) -> Tensor")
+operators.impl("summed", summed, "CompositeExplicitAutograd")
+operators.impl("summed", lambda x, group: torch.empty_like(x, memory_format=torch.contiguous_format), "Meta")
+
+
 class SummedLinear(GroupedLinear):
     """Some columns of a layer: its outputs are added up over the processes. Inference only."""
 
     def __init__(self, layer: GroupedLinear, group: LinearGroup, processes: Any) -> None:
         super().__init__(group, layer.start, layer.stop, layer.bias)
-        self.processes = processes
+        self.processes: str = processes.group_name
+        _processes[self.processes] = processes
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises RankgateError if gradients are asked for, which would lack those of the other processes."""
         if x.requires_grad:
             raise RankgateError("a model that is sharded cannot be trained; open it without distributed_config")
-        y = self.group.rows(x, self.start, self.stop).clone()
-        distributed.all_reduce(y, group=self.processes)
+        part = self.group.rows(x, self.start, self.stop)
+        y: Tensor = torch.ops.rankgate.summed(part, self.processes)
         return y if self.bias is None else y + self.bias
 
 
@@ -70,6 +88,7 @@ def take_styles(names: Sequence[str], dense: Sequence[str], plan: dict[str, str]
         )
     for rule in rules:
         del plan[rule]
+    plan |= {rule: WHOLE for rule, style in plan.items() if style in EMBEDDINGS}
     return found
 
 

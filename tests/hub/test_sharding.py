@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ METHODS = {
     "int8": Int8Config(),
     "svd": SVDConfig(rank=0.75, allow_larger=True),
 }
+ALONE = SimpleNamespace(group_name="nobody")  # never asked for a sum
 STYLES = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
 STYLES |= {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 
@@ -98,7 +100,7 @@ def test_parts_add_up_to_the_layer(name: str):
     rows, columns = [], 0
     for rank in range(2):
         part = converted(name)
-        shard_(part, styles(part), Share(rank, 2, None))
+        shard_(part, styles(part), Share(rank, 2, ALONE))
         mlp = part.model.layers[0].mlp
         rows.append(mlp.up_proj.group.reference(x[:, :128])[:, mlp.up_proj.start : mlp.up_proj.stop])
         rows[-1] += mlp.up_proj.bias
@@ -114,14 +116,14 @@ def test_what_cannot_be_shared():
     model = converted("int8")
     for size, said in ((3, "num_attention_heads is 4"), (4, "num_key_value_heads is 2")):
         with pytest.raises(RankgateError, match=said):
-            shard_(model, styles(model), Share(0, size, None))
+            shard_(model, styles(model), Share(0, size, ALONE))
     narrow = converted("int8", intermediate_size=192)
     with pytest.raises(RankgateError, match="no whole blocks of 64"):
-        shard_(narrow, styles(narrow), Share(0, 2, None))
+        shard_(narrow, styles(narrow), Share(0, 2, ALONE))
     gated = dense()
     convert_(gated, GSIConfig(rank=0.5, eps=0.3, allow_larger=True), calibrated(gated))
     with pytest.raises(RankgateError, match="needs all of its input"):
-        shard_(gated, styles(gated), Share(0, 2, None))
+        shard_(gated, styles(gated), Share(0, 2, ALONE))
 
 
 def test_a_rule_for_converted_and_dense_layers_is_refused():
@@ -134,7 +136,7 @@ def test_a_rule_for_converted_and_dense_layers_is_refused():
 
 def test_gradients_are_refused():
     group = GatedGroup(Subspace(torch.eye(4), None), torch.eye(4), None)
-    layer = SummedLinear(GroupedLinear(group, 0, 4, None), group, None)
+    layer = SummedLinear(GroupedLinear(group, 0, 4, None), group, ALONE)
     with pytest.raises(RankgateError, match="cannot be trained"):
         layer(torch.ones(4, requires_grad=True))
 
