@@ -17,9 +17,9 @@ from rankgate.conversion.groups import NOT_CALLED, dense_weights, input_groups, 
 from rankgate.core import GroupedLinear, SparseLinear
 from rankgate.errors import RankgateError
 from rankgate.methods import Int8Config, Method
-from rankgate.methods.codes import nearest
 from rankgate.methods.context import ContextLinear
 from rankgate.methods.given import GroupStats, Linear
+from rankgate.methods.quantize import nearest
 from rankgate.quantized import QuantizedGroup, QuantizedHead
 
 NOT_WANTED = "left dense as asked"

@@ -43,10 +43,9 @@ from rankgate.conversion.reads import weight_reads
 from rankgate.conversion.timing import Timer
 from rankgate.errors import RankgateError
 from rankgate.methods.base import members
-from rankgate.methods.codes import Metric
 from rankgate.methods.given import GroupStats, Linear
 from rankgate.methods.planned import PlannedConfig, Setting, assemble, quantize
-from rankgate.methods.quantize import output_weights, predicted_loss, spectrum
+from rankgate.methods.quantize import Metric, output_weights, predicted_loss, spectrum
 from rankgate.quantized import Grid, QuantizedGroup
 
 REFERENCE = Setting(4, rank=16)  # what a group's KL is measured with

@@ -16,9 +16,8 @@ import torch
 from rankgate.core import ChannelGate, SparseLinear
 from rankgate.errors import RankgateError
 from rankgate.methods.base import GroupwiseMethod, Rewrite, members, stacked
-from rankgate.methods.codes import nearest
 from rankgate.methods.given import GroupStats, Linear
-from rankgate.methods.quantize import ChannelWorth, gate_level
+from rankgate.methods.quantize import ChannelWorth, gate_level, nearest
 from rankgate.quantized import QuantizedGroup
 
 
