@@ -9,6 +9,7 @@ from rankgate.errors import RankgateError
 from rankgate.methods import LRQConfig, quantize
 from rankgate.methods.quantize import (
     DAMPING,
+    TRUST,
     ChannelWorth,
     Metric,
     allocate_ranks,
@@ -126,7 +127,8 @@ def test_second_moment_in_factors_some_columns_at_a_time(n, monkeypatch):
     metric = Metric(C)
     assert torch.allclose(metric.root @ metric.root.T, C, rtol=1e-4, atol=1e-4 * C.diagonal().mean())
     U, order = metric.propagation.double(), metric.order
-    damped = C.double() + DAMPING * C.diagonal().mean() * torch.eye(n)
+    damped = TRUST * C.double() + (1 - TRUST) * C.double().diagonal().diag()
+    damped += DAMPING * C.diagonal().mean() * torch.eye(n)
     assert torch.equal(U, U.triu())
     assert torch.allclose(U.T @ U @ damped[order][:, order], torch.eye(n).double(), atol=1e-5)
 
