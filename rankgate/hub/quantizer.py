@@ -88,15 +88,19 @@ class RankgateQuantizer(HfQuantizer):
                     parent._is_hf_initialized = True  # type: ignore[assignment]
 
     def _tp_size(self, model: PreTrainedModel) -> int:
-        """How many processes share each layer."""
+        """How many processes share each layer. Raises RankgateError for other ways to share a model."""
         wanted = getattr(model.config, "distributed_config", None)
         if wanted is None:
             return 1
-        if not self.pre_quantized:
+        sizes = {kind: getattr(wanted, f"{kind}_size", None) or 1 for kind in ("tp", "dp", "pp", "ep")}
+        if max(sizes.values()) > 1 and not self.pre_quantized:
             raise RankgateError("a model cannot be converted while it is sharded; convert and save it before")
-        if wanted.tp_size == 1 or any(getattr(wanted, f"{kind}_size", 1) > 1 for kind in ("dp", "pp", "ep")):
-            raise RankgateError("converted weights can be shared by tensor parallelism alone; give tp_size only")
-        return int(wanted.tp_size)
+        tp_size = sizes.pop("tp")
+        if max(sizes.values()) > 1 or isinstance(wanted.tp_plan, dict):
+            raise RankgateError(
+                "converted weights know tensor parallelism alone, by their own plan; give tp_size only"
+            )
+        return int(tp_size)
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Takes converted layers out of the plan for tensor parallelism, which `sharding` carries out for them."""

@@ -7,6 +7,7 @@ import torch
 from conftest import ARCHITECTURES, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.distributed import DistributedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from rankgate import RankgateConfig, RankgateError, calibrate, convert_
@@ -232,9 +233,19 @@ def test_what_is_offloaded_is_refused(tmp_path):
             )
 
 
-def test_sharding_by_transformers_is_refused(tmp_path):
-    """Its layers know their parameters by names that converted ones do not have."""
+@pytest.mark.parametrize(
+    ("stored", "wanted", "said"),
+    [
+        (True, DistributedConfig(fsdp_size=2), "tensor parallelism alone"),
+        (True, DistributedConfig(tp_size=2, pp_size=2), "tensor parallelism alone"),
+        (True, DistributedConfig(tp_size=2, tp_plan={"lm_head": "replicate"}), "their own plan"),
+        (False, DistributedConfig(tp_size=2), "convert and save it before"),
+    ],
+    ids=str,
+)
+def test_other_ways_to_share_a_model_are_refused(stored, wanted, said, tmp_path):
     model = opened(tmp_path, method="int8")
-    model.config.distributed_config = {"tp_size": 2}  # as from_pretrained leaves it there
-    with pytest.raises(RankgateError, match="cannot shard converted weights"):
+    model.hf_quantizer.pre_quantized = stored
+    model.config.distributed_config = wanted  # as from_pretrained leaves it there
+    with pytest.raises(RankgateError, match=said):
         model.hf_quantizer.preprocess_model(model)
