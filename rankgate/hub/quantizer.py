@@ -92,14 +92,16 @@ class RankgateQuantizer(HfQuantizer):
         wanted = getattr(model.config, "distributed_config", None)
         if wanted is None:
             return 1
-        sizes = {kind: getattr(wanted, f"{kind}_size", None) or 1 for kind in ("tp", "dp", "pp", "ep")}
+        sizes = {
+            kind: getattr(wanted, f"{kind}_size", None) or 1 for kind in ("tp", "fsdp", "dp_replicate", "pp", "ep")
+        }
         if max(sizes.values()) > 1 and not self.pre_quantized:
             raise RankgateError("a model cannot be converted while it is sharded; convert and save it before")
         tp_size = sizes.pop("tp")
         if max(sizes.values()) > 1 or isinstance(wanted.tp_plan, dict):
-            raise RankgateError(
-                "converted weights know tensor parallelism alone, by their own plan; give tp_size only"
-            )
+            raise RankgateError("converted weights know tensor parallelism alone, by their own plan; give tp_size only")
+        if tp_size > 1 and not hasattr(HfQuantizer, "update_parallel_plan"):
+            raise RankgateError("this version of transformers cannot share converted weights; install 5.23 or later")
         return int(tp_size)
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
