@@ -23,8 +23,8 @@ import torch
 from controls import noise
 from frame import SEED, Columns, Content, Row, parser, record, source, start, table
 from gguf import GGMLQuantizationType, GGUFReader
+from memory import run
 
-from rankgate.cli import parser as cli
 from rankgate.hub import texts
 from rankgate.hub.export import gguf as exported
 from rankgate.reporting.tables import number
@@ -67,14 +67,9 @@ def measured(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
             tokens = str(CONTEXT * CALIBRATION)
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
                 ours, file = Path(folder) / "ours", Path(folder) / "ours.gguf"
-                run("convert", str(dense), "-o", str(ours), *OURS_ALL, *options, "--calibration-tokens", tokens)
-                run("export", str(ours), "-o", str(file), "--format", "gguf")
+                run(["convert", str(dense), "-o", str(ours), *OURS_ALL, *options, "--calibration-tokens", tokens])
+                run(["export", str(ours), "-o", str(file), "--format", "gguf"])
                 yield {"model": model, "type": kind, "by": "rankgate", **tools.measure(file)}
-
-
-def run(*command: str) -> None:
-    if cli.main(command):
-        raise SystemExit(f"{command[0]} failed")
 
 
 class Tools:

@@ -77,7 +77,7 @@ def answer(name: str | Path) -> object:
 
 def run(arguments: list[str]) -> None:
     if cli.main(arguments):
-        raise SystemExit("convert failed")
+        raise SystemExit(f"{arguments[0]} failed")
 
 
 def file_bytes(directory: Path) -> int:

@@ -144,6 +144,21 @@ class QuantizedMatrix(Packed):
     def group_size(self) -> int:
         return self.codes.shape[1] * 8 // self.bits // self.scale.shape[1]
 
+    def rows(self, which: slice | Tensor) -> QuantizedMatrix:
+        """Some of its rows: views of them for a slice, copies for indices."""
+        zero = None if self.zero is None else self.zero.detach()[which]
+        return QuantizedMatrix(self.n, self.codes.detach()[which], self.scale.detach()[which], zero)
+
+    def columns(self, start: int, stop: int) -> QuantizedMatrix:
+        """Columns start … stop, whole blocks of 64."""
+
+        def part(tensor: Tensor) -> Tensor:
+            per_block = tensor.shape[1] // -(-self.n // GROUP)
+            return tensor.detach()[:, start // GROUP * per_block : stop // GROUP * per_block].contiguous()
+
+        zero = None if self.zero is None else part(self.zero)
+        return QuantizedMatrix(stop - start, part(self.codes), part(self.scale), zero)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W (m × n)."""
         codes = unpack_nibbles(self.codes).to(torch.int8) if self.bits == 4 else self.codes

@@ -33,6 +33,7 @@ class RankgateQuantizer(HfQuantizer):
     """What transformers asks of a quantisation: empty modules before loading, or conversion after it."""
 
     quantization_config: RankgateConfig
+    tp_size = 1  # processes that share each layer
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -51,7 +52,7 @@ class RankgateQuantizer(HfQuantizer):
 
         Raises RankgateError if the model is sharded.
         """
-        if getattr(self, "tp_size", 1) > 1:
+        if self.tp_size > 1:
             raise RankgateError("a sharded model has only parts of its layers; save it where it is whole")
         from rankgate.conversion.convert import converted_layers
         from rankgate.core import GroupedLinear

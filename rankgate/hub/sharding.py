@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from rankgate.conversion.convert import converted_layers
 from rankgate.core import GatedGroup, GroupedLinear, LinearGroup, Subspace, operators
 from rankgate.errors import RankgateError
-from rankgate.quantized import GROUP, LowRank, QuantizedGroup, QuantizedMatrix, Refinement
+from rankgate.quantized import GROUP, LowRank, QuantizedGroup, Refinement
 
 EMBEDDINGS = ("embedding_rowwise", "colwise_gather_output")  # styles that transformers has for them
 WHOLE = "replicate"  # which leaves them as they are: DTensors cannot be captured
@@ -152,30 +152,25 @@ def _by_columns(group: LinearGroup, members: dict[str, GroupedLinear], share: Sh
 
 
 def _cut(group: LinearGroup, rows: Tensor | None, columns: range | None) -> LinearGroup:
-    """Some rows, or some columns, of a group."""
-    at = slice(None) if columns is None else slice(columns.start, columns.stop)
+    """Some rows, or some columns, of a group: copies, so that the rest is freed."""
     which = slice(None) if rows is None else rows
+    at = slice(None) if columns is None else slice(columns.start, columns.stop)
 
-    def part(tensor: Tensor, per_block: int | None = None) -> Tensor:
-        """Of a matrix; per_block: how many of its columns a block of 64 inputs has."""
-        chosen = tensor.detach()[which]
-        if per_block is not None and columns is not None:
-            chosen = chosen[:, columns.start // GROUP * per_block : columns.stop // GROUP * per_block]
-        return chosen.clone()
+    def of_rows(tensor: Tensor) -> Tensor:
+        return tensor.detach()[which].clone()
+
+    def of_columns(tensor: Tensor) -> Tensor:
+        return tensor.detach()[..., at].clone()
 
     if isinstance(group, GatedGroup):
-        W = None if group.W is None else part(group.W)
-        return GatedGroup(Subspace(group.subspace.B.detach()[:, at].clone(), group.subspace.eps), part(group.A), W)
+        W = None if group.W is None else of_rows(group.W)
+        return GatedGroup(Subspace(of_columns(group.subspace.B), group.subspace.eps), of_rows(group.A), W)
     assert isinstance(group, QuantizedGroup)
-    base, low, fine = group.base, group.low_rank, group.refinement
-    of_groups = GROUP // base.group_size
-    zero = None if base.zero is None else part(base.zero, of_groups)
-    n = base.n if columns is None else len(columns)
-    codes, scale = part(base.codes, GROUP * base.bits // 8), part(base.scale, of_groups)
-    matrix = QuantizedMatrix(n, codes, scale, zero)
+    low, fine = group.low_rank, group.refinement
+    base = group.base.rows(which) if columns is None else group.base.columns(columns.start, columns.stop)
     if low is not None:
-        low = LowRank(part(low.A), low.B.detach()[:, at].clone(), low.scale.detach().clone())
+        low = LowRank(of_rows(low.A), of_columns(low.B), low.scale.detach().clone())
     if fine is not None:
-        vectors = part(fine.row), fine.column.detach()[at].clone(), fine.gate.threshold.detach()[at].clone()
+        vectors = of_rows(fine.row), of_columns(fine.column), of_columns(fine.gate.threshold)
         fine = Refinement.pack(fine.unpack()[which][:, at], *vectors)
-    return QuantizedGroup(matrix, low, fine)
+    return QuantizedGroup(base, low, fine)

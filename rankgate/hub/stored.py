@@ -87,13 +87,8 @@ def tensors_of(grouped: dict[str, GroupedLinear]) -> dict[str, Tensor]:
 
 
 def _quantized(group: QuantizedGroup, rows: slice, plane: Tensor | None) -> dict[str, Tensor | None]:
-    base, low, fine = group.base, group.low_rank, group.refinement
-    zero = None if base.zero is None else base.zero[rows]
-    tensors = {
-        "weight_packed": packed_codes(QuantizedMatrix(base.n, base.codes[rows], base.scale[rows], zero)),
-        "weight_scale": base.scale[rows],
-        "weight_zero_point": zero,
-    }
+    base, low, fine = group.base.rows(rows), group.low_rank, group.refinement
+    tensors = {"weight_packed": packed_codes(base), "weight_scale": base.scale, "weight_zero_point": base.zero}
     if low is not None:
         tensors |= {"low_rank_A": low.A[rows], "low_rank_B": low.B.clone(), "low_rank_scale": low.scale.clone()}
     if fine is not None and plane is not None:

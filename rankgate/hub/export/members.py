@@ -47,12 +47,10 @@ def members(model: PreTrainedModel, *, lora: bool) -> list[Member]:
             raise RankgateError(
                 f"{name} has a low rank; pass --lora to write it as an adapter, or convert with --rank 0"
             )
-        base = group.base
-        zero = None if base.zero is None else base.zero[rows]
         found.append(
             Member(
                 name,
-                QuantizedMatrix(base.n, base.codes[rows], base.scale[rows], zero),
+                group.base.rows(rows),
                 None if low is None else LowRank(low.A[rows], low.B, low.scale),
                 layer.bias,
                 isinstance(layer, QuantizedHead),
