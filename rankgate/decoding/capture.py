@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,10 +40,19 @@ class Uncapturable(Exception):
     """Why a model's step cannot be traced."""
 
 
+class Rule(NamedTuple):
+    """How a layer attends: see `ops.attention`."""
+
+    scale: float
+    window: int = 0
+    cap: float = 0.0
+    sinks: Tensor | None = None
+
+
 class _TracedLayer(CountedLayer):
     """Stands for one layer of the cache during a trace: hands out the whole buffers and remembers the new entry.
 
-    attention: takes the query, the new entry's key and value, the scale and the window; see `ops.attention`.
+    attention: takes the query, the new entry's key and value, and the rule; see `ops.attention`.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, length: int, attention: Callable[..., Tensor]) -> None:
@@ -65,12 +74,12 @@ class _TracedLayer(CountedLayer):
         self.entry = key_states, value_states
         return self.keys, self.values
 
-    def attend(self, query: Tensor, scale: float, window: int) -> Tensor:
+    def attend(self, query: Tensor, rule: Rule) -> Tensor:
         """Store the new entries, attend to what each sees before it (sequences, tokens, heads, width); one node."""
         if self.entry is None or self.attended:
             raise Uncapturable("a layer's attention does not follow its cache update")
         self.attended = True
-        return self.attention(query, *self.entry, scale, window)
+        return self.attention(query, *self.entry, rule)
 
 
 def _attention(
@@ -84,18 +93,20 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, for what is traced."""
     window = 0 if attention_mask is None else getattr(attention_mask, "_rankgate_window", -1)
-    named = kwargs.pop("sliding_window", None)
+    named, cap, sinks = (kwargs.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
     beyond = beyond_plain(kwargs)
     if window < 0 or beyond or (named or 0) != window:
         raise Uncapturable(f"its attention takes {beyond or 'a mask'}")
-    return _attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else float(scaling), window), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    rule = Rule(scale, window, float(cap or 0), None if sinks is None else sinks.float())
+    return _attend(query, key, value, rule), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
     layer: _TracedLayer | None = getattr(key, "_rankgate_layer", None)
     if layer is None or value is not layer.values:
         raise Uncapturable("its attention does not read the cache as it was written")
-    return layer.attend(query, scale, window)
+    return layer.attend(query, rule)
 
 
 def _older_attention(
@@ -104,7 +115,7 @@ def _older_attention(
     """The method `_attn` of models older than that interface (GPT-J, CodeGen); `scale_attn` is 1 / scale."""
     if attention_mask is not None:
         raise Uncapturable("its attention takes a mask")
-    return _attend(query, key, value, 1 / float(cast(Any, self).scale_attn)).transpose(1, 2), None
+    return _attend(query, key, value, Rule(1 / float(cast(Any, self).scale_attn))).transpose(1, 2), None
 
 
 def _mask(*_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any) -> Tensor | None:
@@ -155,15 +166,11 @@ def _trace(
     """The model's forward for tokens from position `at` on; for inputs and buffers see `_example`."""
 
     def step(token: Tensor, position: Tensor, *cache: Tensor) -> Tensor:
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
             if token.device.type == "cuda":
-                if window:
-                    raise Uncapturable("its attention has windows, which steps on a GPU do not know")
-                out: Tensor = torch.ops.rankgate.attend_at(q, k, v, cache[0], layer, position, scale)
+                out: Tensor = torch.ops.rankgate.attend_at(q, k, v, cache[0], layer, position, *rule)
             else:
-                out = torch.ops.rankgate.attend(
-                    q, k, v, cache[2 * layer], cache[2 * layer + 1], position, scale, window
-                )
+                out = torch.ops.rankgate.attend(q, k, v, *cache[2 * layer : 2 * layer + 2], position, *rule)
             return out
 
         pairs = zip(buffers[::2], buffers[1::2], strict=True)

@@ -223,7 +223,7 @@ class Native(Rows):
         return True
 
     def _attend(self, node: fx.Node, value: Tensor) -> bool:
-        q, k, v, keys, values, position, scale, window = _args(node)
+        q, k, v, keys, values, position, scale, window, cap, sinks = _args(node)
         cache = self.values[keys]
         if cache.dtype not in KINDS or self.values[q].shape[2] > 1 or self.values[position] is not self.position:
             return False
@@ -235,6 +235,8 @@ class Native(Rows):
             *(query, new_key, new_value, cache, self.values[values], self.position),
             scale=scale,
             window=window,
+            cap=cap,
+            sinks=None if sinks is None else self._contiguous(sinks),
             out=found,
             memory=lambda size: self._scratch(size, node),
         )

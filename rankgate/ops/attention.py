@@ -1,15 +1,16 @@
 """Attention of new tokens, mostly one, over a preallocated cache.
 
-    out_h = Σ_t softmax_t(s q_h · k_t) v_t,    t = max(0, p − w + 1) … p,    h = 0 … H − 1
+    out_h = Σ_t exp(a_t) v_t / (Σ_t exp(a_t) + exp(z_h)),    a_t = c tanh(s q_h · k_t / c),    t = max(0, p − w + 1) … p
 
-for each of B sequences, with positions p of its own. w is the window of the layer, if it has one. Query heads share key
-heads in groups of H / G. The operator also stores the new key and value at position p, so that a traced decode step has
-one node per layer, whose shapes do not depend on p: p is read from a tensor.
+for each of B sequences, with positions p of its own, and heads h = 0 … H − 1. A layer may have a window w, a soft cap c
+of its scores (Gemma 2) and a learned sink z_h (gpt-oss), or be without: then a_t = s q_h · k_t, or exp(z_h) is 0. Query
+heads share key heads in groups of H / G. The operator also stores the new key and value at position p, so that a traced
+decode step has one node per layer, whose shapes do not depend on p: p is read from a tensor.
 
     attend      keys and values are buffers of one layer
-    attend_at   they are found through a table of all layers on a GPU (`ops.gpu.attention.table`); no windows
+    attend_at   they are found through a table of all layers on a GPU (`ops.gpu.attention.table`)
 
-Not covered: other masks, soft caps, sinks.
+Not covered: other masks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from rankgate.core import operators
 
 
 def attend_reference(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float, window: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The definition; also the path of dtypes, devices and numbers of tokens without a kernel.
 
@@ -35,12 +45,14 @@ def attend_reference(
         position: (B, T) int64, ascending, below the capacity. Not checked here: the decode loop owns it.
         scale: s.
         window: w, 0 for none.
+        cap: c, 0 for none.
+        sinks: z, (H,) float32.
 
     Returns (B, T, H, e).
     """
     if len(q) > 1:
         each = zip(*(t.split(1) for t in (q, k, v, keys, values, position)), strict=True)
-        return torch.cat([attend_reference(*tensors, scale, window) for tensors in each])  # type: ignore[call-arg]
+        return torch.cat([attend_reference(*tensors, scale, window, cap, sinks) for tensors in each])  # type: ignore[call-arg]
     at = position.flatten()
     keys.index_copy_(2, at, k)
     values.index_copy_(2, at, v)
@@ -48,14 +60,27 @@ def attend_reference(
     past = at[:, None] - torch.arange(end, device=at.device)
     seen = (past >= 0) & (past < window) if window else past >= 0
     known = keys[:, :, :end], values[:, :, :end]
-    out = F.scaled_dot_product_attention(q, *known, attn_mask=seen, scale=scale, enable_gqa=True)
+    if not cap and sinks is None:
+        out = F.scaled_dot_product_attention(q, *known, attn_mask=seen, scale=scale, enable_gqa=True)
+    else:
+        key, value = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in known)
+        scores = (q @ key.transpose(2, 3)).float() * scale
+        if cap:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[1:3], 1)[None]], 3)
+        out = scores.softmax(3)[..., :end].to(value.dtype) @ value
     return out.transpose(1, 2).contiguous()
 
 
 operators.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor position, float scale, "
-    "int window) -> Tensor"
+    "int window, float cap, Tensor? sinks) -> Tensor"
 )
 operators.impl("attend", attend_reference, "CompositeExplicitAutograd")
-operators.define("attend_at(Tensor q, Tensor k, Tensor v, Tensor cache, int layer, Tensor position, float s) -> Tensor")
+operators.define(
+    "attend_at(Tensor q, Tensor k, Tensor v, Tensor cache, int layer, Tensor position, float scale, int window, "
+    "float cap, Tensor? sinks) -> Tensor"
+)
 operators.impl("attend_at", lambda q, k, v, *_: q.new_empty((len(q), *q.shape[2:0:-1], v.shape[3])), "Meta")

@@ -1,4 +1,4 @@
-"""Layers with a window in captured steps: the same tokens and logits as the model's own masks give."""
+"""Layers with windows, soft caps and sinks in captured steps: the same tokens and logits as the model's own."""
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ MODELS = {
     "Starcoder2": WINDOW,
     "Qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 2},
     "Gemma3Text": {**WINDOW, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "Gemma2": {**WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
+    "GptOss": {**WINDOW, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Cohere2": {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 
@@ -43,26 +45,29 @@ def test_same_tokens_as_generate(name, converted):
     assert captured(model)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("cap", [0.0, 1.5])
 @pytest.mark.parametrize("window", [0, 1, 3, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_within_a_window(window, dtype):
+def test_attention_by_a_rule(window, cap, learned, dtype):
     torch.manual_seed(1)
     at, capacity, width = 17, 32, 8
     q, k, v = (torch.randn(1, heads, 1, width).to(dtype) for heads in (4, 2, 2))
     keys, values = (torch.randn(1, 2, capacity, width).to(dtype) for _ in range(2))
-    position = torch.tensor([[at]])
-    got = attend(q, k, v, keys.clone(), values.clone(), position, 0.3, window)
-    expected = attend_reference(
-        q.double(), k.double(), v.double(), keys.double(), values.double(), position, 0.3, window
-    )
+    position, sinks = torch.tensor([[at]]), torch.randn(4) * 3 if learned else None
+    got = attend(q, k, v, keys.clone(), values.clone(), position, 0.3, window, cap, sinks)
+    wide = (t.double() for t in (q, k, v, keys, values))
+    expected = attend_reference(*wide, position, 0.3, window, cap, sinks)
     steps = torch.finfo(dtype).eps * 4 * float(values.abs().max())
     assert (got.double() - expected).abs().max() < steps
     first = at + 1 - window if 0 < window <= at else 0  # by hand
     keys[:, :, at], values[:, :, at] = k[:, :, 0], v[:, :, 0]
     for head in range(4):
-        weights = torch.softmax(0.3 * (keys[0, head // 2, first : at + 1].double() @ q[0, head, 0].double()), 0)
-        by_hand = weights @ values[0, head // 2, first : at + 1].double()
-        assert (expected[0, 0, head] - by_hand).abs().max() < 1e-9
+        scores = 0.3 * (keys[0, head // 2, first : at + 1].double() @ q[0, head, 0].double())
+        weights = (cap * (scores / cap).tanh() if cap else scores).exp()
+        total = weights.sum() + (0 if sinks is None else sinks[head].double().exp())
+        by_hand = weights @ values[0, head // 2, first : at + 1].double() / total
+        assert (expected[0, 0, head] - by_hand).abs().max() < 1e-6
 
 
 def test_a_window_is_recognised_by_what_it_lets_through():

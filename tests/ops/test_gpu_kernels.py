@@ -135,7 +135,8 @@ def test_a_value_that_is_not_finite_is_not_hidden(value: float):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4, 16, 16), (6, 2, 64, 64), (3, 1, 5, 7)], ids=str)
-def test_attention_along_a_text(heads: tuple[int, int, int, int], dtype: torch.dtype):
+@pytest.mark.parametrize("rule", [(0, 0.0, False), (1, 0.0, False), (100, 2.0, True)], ids=str)
+def test_attention_along_a_text(heads: tuple[int, int, int, int], dtype: torch.dtype, rule: tuple[int, float, bool]):
     H, G, d, e = heads
     generator = torch.Generator().manual_seed(1)
 
@@ -145,12 +146,14 @@ def test_attention_along_a_text(heads: tuple[int, int, int, int], dtype: torch.d
     caches = [[random(1, G, 150, w) for w in (d, e, d, e)] for _ in "ab"]
     caches[1] = [buffer.clone() for buffer in caches[0]]
     cache = attention_gpu.table(caches[0])
+    window, cap, learned = rule
+    more = window, cap, 2 * torch.randn(H, generator=generator).to(DEVICE) if learned else None
     for at, count in ((0, 1), (63, 1), (149, 1), (0, 3), (126, 5)):
         q, k, v = random(1, H, count, d), random(1, G, count, d), random(1, G, count, e)
         position = torch.arange(at, at + count, device=DEVICE)[None]
-        y = attention_gpu.attend(q, k, v, cache, 1, position, 0.3)
+        y = attention_gpu.attend(q, k, v, cache, 1, position, 0.3, *more)
         wide = [buffer.float() for buffer in caches[1][2:]]
-        exact = attend_reference(q.float(), k.float(), v.float(), *wide, position, 0.3)
+        exact = attend_reference(q.float(), k.float(), v.float(), *wide, position, 0.3, *more)
         assert y.shape == (1, count, H, e)
         assert y.dtype == dtype
         eps = torch.finfo(dtype).eps if dtype != torch.float32 else 0

@@ -41,7 +41,7 @@ def call(operator: str, device: str, tokens: int) -> Any:
         case "attend" | "attend_at":
             q, k, v, keys, values = (noise(1, 2, count, 8) for count in (*[tokens] * 3, 64, 64))
             cache = (keys, values) if operator == "attend" else (attention_gpu.table([keys, values]), 0)
-            return registered(q, k, v, *cache, torch.arange(tokens, device=place)[None], 0.3)
+            return registered(q, k, v, *cache, torch.arange(tokens, device=place)[None], 0.3, 0, 0.0, None)
         case "round_block":
             return registered(*(noise(8, 8) for _ in range(4)), 0, 15)
     raise ValueError(operator)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rankgate.ops.attention import attend_reference
 from rankgate.ops.cpu import team
-from rankgate.ops.cpu.compile import Kernel, jit
+from rankgate.ops.cpu.compile import Kernel, address_of, jit, keep
 from rankgate.ops.cpu.dense import BFLOAT16, FLOAT16, FLOAT32, combine_rows, dot_rows
-from rankgate.ops.cpu.elementwise import exp
+from rankgate.ops.cpu.elementwise import exp, tanh
 from rankgate.ops.cpu.memory import scratch
 from rankgate.ops.cpu.vector import LINE, ask, bits_of, byte_pointer, float_pointer, read_int32, read_int64
 from rankgate.ops.cpu.vnni import as_float
@@ -28,9 +28,10 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 # words of the arguments: how keys and values are stored; query heads, groups of them, room of the cache, d, e, bits of
 # s (float32), window; addresses of q (H × d) and the result (H × e), float32, of k (G × d), v (G × e), keys, values and
 # positions; parts of a text, the address of what each leaves for each head (largest score, sum, e weighted values), and
-# groups of a sequence: those of all sequences are numbered, and so are the heads
+# groups of a sequence: those of all sequences are numbered, and so are the heads; bits of the soft cap (float32), and
+# the address of the sinks of a sequence's heads, float32, or 0
 STORED, HEADS, GROUPS, CAPACITY, WIDTH, VALUE_WIDTH, SCALE, WINDOW, Q, OUT, K, V, KEYS, VALUES, POSITION = range(15)
-PARTS, FOUND, OWN = 15, 16, 17
+PARTS, FOUND, OWN, CAP, SINKS = 15, 16, 17, 18, 19
 TILE = 16 << 10  # bytes of keys that are read at once, while the next ones are on their way
 LOWEST = np.float32(-3e38)
 LOWEST_KEY, MAGNITUDE = np.int32(-(2**31)), np.int32(0x7FFFFFFF)
@@ -51,12 +52,15 @@ def _in_order(bits: int) -> Any:
 
 
 @jit
-def _weigh(scores: int, count: int, scale: float, found: int, value_width: int) -> None:
+def _weigh(scores: int, count: int, scale: float, cap: float, found: int, value_width: int) -> None:
     """Turn scores into weights relative to the largest one so far, and what has been found with them."""
     values, part = carray(float_pointer(scores), count), carray(float_pointer(found), value_width + 2)
     largest = LOWEST_KEY
     for t in range(count):
         values[t] *= scale
+    if cap > 0:
+        for t in range(count):
+            values[t] = cap * tanh(values[t] / cap)
     for t in range(count):
         largest = max(largest, _in_order(read_int32(scores, 4 * t)))
     top = max(part[0], as_float(_in_order(largest)))
@@ -102,6 +106,7 @@ def attend_part(arguments: int, chunk: int) -> None:
         _remember(read_int64(arguments, 8 * K) + row * group, keys, row, count - 1)
         _remember(read_int64(arguments, 8 * V) + value_row * group, values, value_row, count - 1)
     scale = carray(float_pointer(arguments + 8 * SCALE), 1)[0]
+    cap = carray(float_pointer(arguments + 8 * CAP), 1)[0]
     step = (value_width + 2) * 4
     found = read_int64(arguments, 8 * FOUND) + step * together * chunk
     for h in range(together):
@@ -110,7 +115,7 @@ def attend_part(arguments: int, chunk: int) -> None:
         empty[0] = LOWEST
     tile = max(TILE // row, 1)
     buffer = np.empty(tile + value_width, np.float32)
-    scores = buffer.ctypes.data
+    scores = address_of(buffer)
     sums = carray(float_pointer(scores + 4 * tile), value_width)
     _ask(keys + row * first, values + value_row * first, min(tile, stop - first), row, value_row)
     for t in range(first, stop, tile):
@@ -119,11 +124,12 @@ def attend_part(arguments: int, chunk: int) -> None:
         for h in range(together):
             query = read_int64(arguments, 8 * Q) + 4 * width * (group * together + h)
             dot_rows(kind, keys + row * t, row, query, width, length, scores)
-            _weigh(scores, length, scale, found + step * h, value_width)
+            _weigh(scores, length, scale, cap, found + step * h, value_width)
             combine_rows(kind, values + value_row * t, value_row, scores, length, value_width, scores + 4 * tile)
             weighted = carray(float_pointer(found + step * h + 8), value_width)
             for i in range(value_width):
                 weighted[i] += sums[i]
+    keep(buffer)
 
 
 @Kernel
@@ -131,15 +137,17 @@ def put_together(arguments: int, _: int) -> None:
     """The result of all heads, from their parts."""
     heads, groups = read_int64(arguments, 8 * HEADS), read_int64(arguments, 8 * GROUPS)
     parts, value_width = read_int64(arguments, 8 * PARTS), read_int64(arguments, 8 * VALUE_WIDTH)
-    together = heads // groups
+    together, own = heads // groups, heads // groups * read_int64(arguments, 8 * OWN)
+    sinks = read_int64(arguments, 8 * SINKS)
     found = carray(float_pointer(read_int64(arguments, 8 * FOUND)), (groups, parts, together, value_width + 2))
     out = carray(float_pointer(read_int64(arguments, 8 * OUT)), (heads, value_width))
     for head in range(heads):
         group, h = head // together, head % together
-        top = LOWEST
+        sink = carray(float_pointer(sinks), own)[head % own] if sinks else LOWEST
+        top = sink
         for part in range(parts):
             top = max(top, found[group, part, h, 0])
-        total = np.float32(0)
+        total = exp(sink - top) if sinks else np.float32(0)
         out[head, :] = 0
         for part in range(parts):
             weight = exp(found[group, part, h, 0] - top)
@@ -154,8 +162,8 @@ def put_together(arguments: int, _: int) -> None:
 class Attention:
     """Attention as two rows of a program, and the memory that they need.
 
-    The tensors are contiguous; q and the result are float32, the others of the cache's dtype. memory: bytes for what
-    the first row leaves for the second, from their number.
+    The tensors are contiguous; q, sinks and the result are float32, the others of the cache's dtype. memory: bytes for
+    what the first row leaves for the second, from their number.
     """
 
     def __init__(
@@ -169,6 +177,8 @@ class Attention:
         *,
         scale: float,
         window: int,
+        cap: float,
+        sinks: Tensor | None,
         out: Tensor,
         memory: Callable[[int], Tensor] = scratch,
     ) -> None:
@@ -178,7 +188,8 @@ class Attention:
         self.found = memory(4 * heads * parts * (value_width + 2))
         sizes = [KINDS[keys.dtype], heads, groups, capacity, width, value_width, bits_of(scale), window]
         addresses = [t.data_ptr() for t in (q, out, k, v, keys, values, position)]
-        self.arguments = np.array([*sizes, *addresses, parts, self.found.data_ptr(), own], np.int64)
+        more = [bits_of(cap), 0 if sinks is None else sinks.data_ptr()]
+        self.arguments = np.array([*sizes, *addresses, parts, self.found.data_ptr(), own, *more], np.int64)
         self.rows = [team.row(attend_part, self.arguments, groups * parts), team.row(put_together, self.arguments, 1)]
 
     def bind(self, keys: Tensor, values: Tensor) -> None:
@@ -187,13 +198,23 @@ class Attention:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float, window: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`ops.attention.attend_reference`; what these kernels do not take is computed by that."""
     if keys.dtype not in KINDS or keys.device.type != "cpu" or q.shape[2] > 1:
-        return attend_reference(q, k, v, keys, values, position, scale, window)
+        return attend_reference(q, k, v, keys, values, position, scale, window, cap, sinks)
     query, k, v = q.float().contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty((len(q), 1, q.shape[1], values.shape[3]))
-    found = Attention(query, k, v, keys, values, position.contiguous(), scale=scale, window=window, out=out)
+    rule: dict[str, Any] = {"scale": scale, "window": window, "cap": cap, "sinks": sinks}
+    found = Attention(query, k, v, keys, values, position.contiguous(), **rule, out=out)
     team.run_between(team.program(found.rows))
     return out.to(q.dtype)

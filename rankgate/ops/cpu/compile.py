@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from numba import types
 from numba.core.ccallback import CFunc
 
@@ -83,6 +84,17 @@ def jit(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     _cached(compiled)
     return compiled
+
+
+@jit
+def address_of(array: Any) -> Any:
+    """Where an array begins. Numba frees it after its last use, which this is, unless `keep` follows."""
+    return np.int64(array.ctypes.data)
+
+
+@jit
+def keep(array: Any) -> None:
+    """Nothing: an array whose address is in use must not be freed before this."""
 
 
 class Kernel:

@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rankgate.ops.cpu.compile import Kernel, jit
+from rankgate.ops.cpu.compile import Kernel, address_of, jit, keep
 from rankgate.ops.cpu.elementwise import load as elements
 from rankgate.ops.cpu.elementwise import rounded, store
 from rankgate.ops.cpu.vector import prefetch, read_int64
@@ -176,15 +176,17 @@ def _product(arguments: int, chunk: int, across: bool) -> None:
     elements(stored, x, 1, given, n)
     if across:
         matrix += (4 if kind == FLOAT32 else 2) * start
-        combine_rows(kind, matrix, stride, given.ctypes.data, n, count, found.ctypes.data)
+        combine_rows(kind, matrix, stride, address_of(given), n, count, address_of(found))
     else:
-        dot_rows(kind, matrix + start * stride, stride, given.ctypes.data, n, count, found.ctypes.data)
+        dot_rows(kind, matrix + start * stride, stride, address_of(given), n, count, address_of(found))
     if bias:
         elements(stored, bias + size * start, 1, added, count)
         for r in range(count):
             found[r] += added[r]
     rounded(stored, found, count)
     store(stored, y + size * start, 1, found, count)
+    keep(given)
+    keep(found)
 
 
 @Kernel

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from numba import carray
 from torch import Tensor
 
 from rankgate.ops.cpu import team
-from rankgate.ops.cpu.compile import Kernel, jit
+from rankgate.ops.cpu.compile import Kernel, address_of, jit, keep
 from rankgate.ops.cpu.quantized import (
     BITS,
     CODES,
@@ -92,16 +91,6 @@ MOST_TOKENS = 4096  # at once, which bounds the memory
 SLOT = DIGITS + 16  # bytes of a block of one token: digits, and elsewhere its scale and sums
 tile_1, tile_2, tile_3, *_more = tiles
 tile_4, tile_5, tile_6 = _more or tiles
-
-
-@jit
-def _keep(array: Any) -> None:
-    """Nothing: an array whose address is in use must not be freed before this."""
-
-
-@jit
-def _address(array: Any) -> int:
-    return np.int64(array.ctypes.data)  # type: ignore[return-value]
 
 
 @jit
@@ -172,9 +161,9 @@ def _round_inputs(arguments: int, start: int, stop: int) -> None:
             source = read_int64(arguments, 8 * X) + 4 * (t * n + g * GROUP)
             if n - g * GROUP < GROUP:
                 rest[: n - g * GROUP] = floats(source, n - g * GROUP)
-                source = _address(rest)
+                source = address_of(rest)
             _round(source, digits, slots, (t // TILE * blocks + g) * TILE + t % TILE)
-    _keep(rest)
+    keep(rest)
 
 
 @jit
@@ -193,24 +182,24 @@ def _project(arguments: int, start: int, stop: int) -> None:
             padded[i, :n] = carray(byte_pointer(factor + (c * GROUP + i) * n), n)
         scale[:, :count] = floats(component + 4 * c * GROUP, count)
         for i in range(0, count, 16):
-            rows = _address(padded) + i * stride
-            unpack_bytes(rows, stride, count - 1 - i, blocks, _address(w) + STEP * i, rows)
+            rows = address_of(padded) + i * stride
+            unpack_bytes(rows, stride, count - 1 - i, blocks, address_of(w) + STEP * i, rows)
         for tile in range(start, stop):
             z[:] = 0
             at = tile * blocks * TILE
             x_scale = x + DIGITS * of_x + 4 * at
             for i in range(0, count, LANES):
-                rows, scales, sums = _address(w) + STEP * i, _address(scale) + 4 * i, _address(z) + 4 * i
+                rows, scales, sums = address_of(w) + STEP * i, address_of(scale) + 4 * i, address_of(z) + 4 * i
                 digits_at, x_sum, apart = x + DIGITS * at, x_scale + 4 * of_x, 4 * of_x
                 narrow_tile(rows, scales, 0, digits_at, x_scale, x_sum, apart, blocks, 1, GROUP // STEP, sums, rows)
             z[:, count:] = 0
             for t in range(TILE):
                 at = (tile * z_blocks + c) * TILE + t
-                _round(_address(z) + 4 * GROUP * t, digits, slots * z_blocks, at)
-    _keep(padded)
-    _keep(w)
-    _keep(scale)
-    _keep(z)
+                _round(address_of(z) + 4 * GROUP * t, digits, slots * z_blocks, at)
+    keep(padded)
+    keep(w)
+    keep(scale)
+    keep(z)
 
 
 @jit
@@ -249,12 +238,12 @@ def _open_channels(arguments: int, start: int, stop: int) -> None:
             v[count : count + GROUP] = 0
             for g in range((count + GROUP - 1) // GROUP):
                 at = (t // TILE * blocks + g) * TILE + t % TILE if dense else t * blocks + g
-                _round(_address(v) + 4 * GROUP * g, digits, slots * blocks, at)
+                _round(address_of(v) + 4 * GROUP * g, digits, slots * blocks, at)
             while not dense and count % STEP:
                 write_int32(channels, 4 * count, 0)
                 count += 1
             write_int32(opened, 4 * t, -1 if dense else count)
-    _keep(v)
+    keep(v)
 
 
 @Kernel
@@ -278,7 +267,7 @@ def _strip(arguments: int, first: int, begin: int) -> None:
     one_block = GROUP * GROUP + of_block  # weights, and their scales
     others = (2 * groups * blocks + TILE) * of_block  # scales, zeros and sums
     room = np.empty(2 * blocks * GROUP * GROUP + z_blocks * one_block + blocks * of_block + others + 64, np.uint8)
-    w = (_address(room) + 63) // 64 * 64
+    w = (address_of(room) + 63) // 64 * 64
     a = w + blocks * GROUP * GROUP
     e = a + z_blocks * GROUP * GROUP
     scale = e + blocks * GROUP * GROUP
@@ -319,7 +308,7 @@ def _strip(arguments: int, first: int, begin: int) -> None:
             if plane and not dense:
                 _refine(arguments, first, t + u, row, sums + of_block * u)
             floats(y + 4 * (t + u) * m, count)[:] = floats(sums + of_block * u, count)
-    _keep(room)
+    keep(room)
 
 
 @jit

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rankgate.ops.cpu import team, vnni
-from rankgate.ops.cpu.compile import Kernel, jit
+from rankgate.ops.cpu.compile import Kernel, address_of, jit, keep
 from rankgate.ops.cpu.memory import scratch
 from rankgate.ops.cpu.vector import (
     GROUP,
@@ -155,8 +155,9 @@ def _short_rows(table: int, start: int, stop: int, x: int, z: int, y: int, plain
         i, group = r * blocks, r * blocks * groups
         s, z_ = scale + 2 * group, zero + group
         value = row_dot(variant, codes + 8 * bits * i, s, z_, x_codes, x_scale, shifts, blocks)
-        dot_bytes(read_int64(table, 8 * A) + r * rank, rank, z, rank // 16 * 2, low.ctypes.data)
+        dot_bytes(read_int64(table, 8 * A) + r * rank, rank, z, rank // 16 * 2, address_of(low))
         write_float(y, 4 * r, value + low[0])
+    keep(low)
 
 
 @jit
@@ -192,12 +193,13 @@ def _refine(table: int, chunk: int, stop: int, channels: int, coefficients: int,
         total += read_float(coefficients, 4 * k)
     sums = np.empty(GROUP, np.float32)
     address, stride = columns_of(table, chunk)
-    add_columns(address, stride, channels, coefficients, count, sums.ctypes.data)
+    add_columns(address, stride, channels, coefficients, count, address_of(sums))
     for i in range(GROUP):
         r = chunk + COLUMN_ORDER[i]
         if r < stop:
             refined = 16 * read_bfloat16(row, 2 * r) * (sums[i] - np.float32(1.5) * total)
             write_float(y, 4 * r, read_float(y, 4 * r) + refined)
+    keep(sums)
 
 
 @Kernel

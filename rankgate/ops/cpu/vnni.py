@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rankgate.ops.cpu.compile import jit
+from rankgate.ops.cpu.compile import address_of, jit, keep
 from rankgate.ops.cpu.vector import FEATURES, prefetch, read_float, write_float, write_int32
 
 GROUP = 64
@@ -297,7 +297,7 @@ def split_x(x: int, n: int, bits: int, groups: int, zero: int, out: int) -> bool
         if (g + 1) * GROUP > n:
             for i in range(n - g * GROUP):
                 last[i] = read_float(source, 4 * i)
-            source = last.ctypes.data
+            source = address_of(last)
         bits_of_largest = largest(source)
         if bits_of_largest >= EXPONENT:
             return False
@@ -319,4 +319,5 @@ def split_x(x: int, n: int, bits: int, groups: int, zero: int, out: int) -> bool
             write_int32(unit, 64 + 4 * (start + (1 if lanes == HALF else HALF)), np.int32(-times * rest))
             rest = np.int32(0)
         write_int32(unit, 64 + 4 * start, np.int32(-times * (total + rest)))
+    keep(last)
     return True

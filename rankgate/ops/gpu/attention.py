@@ -50,10 +50,16 @@ def _attend(
     width,
     value_width,
     scale,
+    window,
+    cap,
+    sinks,
     WIDTH: tl.constexpr,
     VALUE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    SINKS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
@@ -61,7 +67,9 @@ def _attend(
     sequence = head // heads
     first = tl.load(position + sequence * tokens)
     last = first + token
-    active = tl.minimum(SPLITS, last // BLOCK + 1)
+    earliest = tl.maximum(last + 1 - window, 0) if WINDOW else last * 0
+    begin_block = earliest // BLOCK
+    active = tl.minimum(SPLITS, last // BLOCK + 1 - begin_block)
     if split >= active:
         return
     g, i, e = head // share, tl.arange(0, WIDTH), tl.arange(0, VALUE)
@@ -76,19 +84,28 @@ def _attend(
         tl.store(keys + (start + last) * width + i, own_key, mask=inside)
         tl.store(values + (start + last) * value_width + e, own_value, mask=value_inside)
     top, total, mixed = -float("inf"), 0.0, tl.zeros((VALUE,), tl.float32)
-    for at in range(split * BLOCK, last + 1, SPLITS * BLOCK):
+    for at in range((begin_block + split) * BLOCK, last + 1, SPLITS * BLOCK):
         t = at + tl.arange(0, BLOCK)
-        old, seen = t < first, (t <= last)[:, None]  # what is new may not be stored yet
+        within = (t >= earliest) & (t <= last)
+        old, seen = t < first, within[:, None]  # what is new may not be stored yet
         key_rows = tl.where(old, keys + (start + t) * width, new_keys + (t - first) * width)
         value_rows = tl.where(old, values + (start + t) * value_width, new_values + (t - first) * value_width)
         key = tl.load(key_rows[:, None] + i, mask=seen & inside, other=0.0).to(tl.float32)
         value = tl.load(value_rows[:, None] + e, mask=seen & value_inside, other=0.0).to(tl.float32)
-        score = tl.where(t <= last, tl.sum(key * query[None, :], 1) * scale, -float("inf"))
+        score = tl.sum(key * query[None, :], 1) * scale
+        if CAP:
+            score = cap * (2 * tl.sigmoid(2 * score / cap) - 1)
+        score = tl.where(within, score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 0))
         weight, shrink = tl.exp(score - higher), tl.exp(top - higher)
         total = total * shrink + tl.sum(weight, 0)
         mixed = mixed * shrink + tl.sum(weight[:, None] * value, 0)
         top = higher
+    if SINKS and split == 0:
+        sink = tl.load(sinks + head % heads)
+        higher = tl.maximum(top, sink)
+        shrink = tl.exp(top - higher)
+        total, mixed, top = total * shrink + tl.exp(sink - higher), mixed * shrink, higher
     place, line = (sequence * tokens + token) * heads + head % heads, tl.arange(0, SPLITS)
     if active == 1:
         tl.store(out + place * value_width + e, (mixed / total).to(out.dtype.element_ty), mask=value_inside)
@@ -109,8 +126,19 @@ def _attend(
             tl.store(out + place * value_width + e, y.to(out.dtype.element_ty), mask=value_inside)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position: Tensor, scale: float) -> Tensor:
-    """Store the keys and values of T tokens in `layer`; each attends to all positions up to its own.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    layer: int,
+    position: Tensor,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Store the keys and values of T tokens in `layer`; each attends to all positions up to its own, or its window.
 
     Args:
         q: (B, H, T, d), with H a multiple of G.
@@ -120,6 +148,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position:
         layer: which of its layers.
         position: (B, T) int64, one after the other, below the capacity. Not checked: the decode loop owns it.
         scale: s.
+        window: w, 0 for none.
+        cap: c, 0 for none.
+        sinks: z, (H,) float32.
 
     Returns (B, T, H, e). Raises ValueError if B H T is more than 4,096.
     """
@@ -148,10 +179,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position:
         width,
         value_width,
         scale,
+        window,
+        cap,
+        q if sinks is None else sinks,
         WIDTH=triton.next_power_of_2(width),
         VALUE=VALUE,
         BLOCK=BLOCK,
         SPLITS=splits,
+        WINDOW=window > 0,
+        CAP=cap > 0,
+        SINKS=sinks is not None,
         OVERLAP=overlap,
         launch_pdl=overlap,
         num_warps=8,
