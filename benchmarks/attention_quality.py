@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from rankgate.attention.attend import AttentionConfig, select_tokens_
 from rankgate.attention.heads import try_heads
 from rankgate.attention.strands import Heads
-from rankgate.conversion.convert import twin
+from rankgate.common.copies import twin
 from rankgate.hub.opening import Opened, open_dense
 
 SEQUENCES, HEAD_TOKENS = 8, 4096

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from frame import MODEL, Columns, Content, Row, card, device_name, parser, place, source, start, table, timed, write
 
+from rankgate.common.copies import twin
 from rankgate.conversion.calibration import calibrate
-from rankgate.conversion.convert import convert_, twin
+from rankgate.conversion.convert import convert_
 from rankgate.decoding.exact import Exact, Statistics
 from rankgate.decoding.loop import decode
 from rankgate.hub.opening import open_dense

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 from frame import MODEL, ROOT, Columns, Content, Row, parser, record, source, start, table
 
+from rankgate.common.copies import twin
 from rankgate.conversion.calibration import calibrate
-from rankgate.conversion.convert import convert_, twin
+from rankgate.conversion.convert import convert_
 from rankgate.conversion.evaluation import evaluate
 from rankgate.hub.opening import Opened, open_dense
 from rankgate.hub.tasks import run_tasks

@@ -22,8 +22,9 @@ import torch
 from frame import Columns, Content, Row, in_turn, of_devices, parser, source, start, table, write
 from matplotlib.figure import Figure
 
+from rankgate.common.copies import twin
 from rankgate.common.files import atomic_path
-from rankgate.conversion.convert import convert_, twin
+from rankgate.conversion.convert import convert_
 from rankgate.decoding.loop import fast_generate
 from rankgate.hub import checkpoint
 from rankgate.hub.opening import Opened, open_any, open_dense

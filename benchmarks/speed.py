@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from frame import MODEL, Columns, Content, Row, parser, shown, source, start, table, timed, write
 
+from rankgate.common.copies import twin
 from rankgate.common.files import atomic_path
 from rankgate.common.terminal import show_table
 from rankgate.conversion.calibration import Stats, calibrate
-from rankgate.conversion.convert import convert_, twin
+from rankgate.conversion.convert import convert_
 from rankgate.conversion.evaluation import evaluate
 from rankgate.conversion.groups import linears
 from rankgate.conversion.plan import VERIFY_TOKENS, Budget, Planner

@@ -20,8 +20,9 @@ from rankgate import moved  # noqa: F401  finds modules by their former names
 if TYPE_CHECKING:
     from rankgate.attention.attend import AttentionConfig, select_tokens_
     from rankgate.attention.heads import try_heads
+    from rankgate.common.copies import twin
     from rankgate.conversion.calibration import Stats, calibrate
-    from rankgate.conversion.convert import LayerReport, convert_, twin
+    from rankgate.conversion.convert import LayerReport, convert_
     from rankgate.conversion.evaluation import Evaluation, evaluate
     from rankgate.core import GatedGroup, GroupedLinear, Subspace
     from rankgate.decoding.exact import Exact
@@ -41,7 +42,7 @@ _HOME = {
     "calibrate": "conversion.calibration",
     "LayerReport": "conversion.convert",
     "convert_": "conversion.convert",
-    "twin": "conversion.convert",
+    "twin": "common.copies",
     "Evaluation": "conversion.evaluation",
     "evaluate": "conversion.evaluation",
     "GatedGroup": "core",

@@ -136,7 +136,7 @@ EVENTS = {
     "assigned": assigned,
     "copied": lambda model, _: copy.deepcopy(model),
     "pickled": lambda model, _: pickle.loads(pickle.dumps(model)),
-    # "adapted": adapted,
+    "adapted": adapted,
     "offloaded": offloaded,
 }
 

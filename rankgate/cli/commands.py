@@ -183,7 +183,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from rankgate.conversion.convert import twin
+    from rankgate.common.copies import twin
     from rankgate.hub.checkpoint import is_checkpoint
     from rankgate.reporting.pipeline import Reference, attention_config, measure_checkpoint
     from rankgate.reporting.tables import HEADERS, attended, row

@@ -13,9 +13,10 @@ import torch
 import transformers
 
 from rankgate import __version__
+from rankgate.common.copies import twin
 from rankgate.common.files import check_writable
 from rankgate.conversion.calibration import Stats
-from rankgate.conversion.convert import convert_, twin
+from rankgate.conversion.convert import convert_
 from rankgate.conversion.plan import HEADERS as PLAN_HEADERS
 from rankgate.conversion.plan import QUICK, Budget, Planner
 from rankgate.conversion.plan import table as plan_table

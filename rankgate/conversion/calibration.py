@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ from rankgate.conversion.processes import add_up_, share_of
 from rankgate.conversion.windows import run_hashes
 from rankgate.core import widen
 from rankgate.errors import RankgateError
+from rankgate.experts import DOWN, experts_of, unstacked
 from rankgate.methods.given import GroupStats
 
 FORMAT = "rankgate-stats-2"
@@ -52,6 +54,7 @@ SYRK_BLOCKS = 4
 SAMPLE = 256  # tokens kept per group
 SENSITIVITY_TOKENS = 2048
 SHARE = 0.1  # of a GPU's weights that the second moments of one pass may take
+log = logging.getLogger(__name__)
 PIECE = 128  # of them at a time: what a backward pass keeps grows with the length
 
 
@@ -138,6 +141,7 @@ def calibrate(
     """
     own = windows if processes is None else share_of(windows, processes)
     digest = fingerprint(model)
+    model = unstacked(model)
     members = input_groups(model)
     fisher = measure_sensitivity(model, members, windows, progress=progress) if sensitivity else {}
     stride = sample_stride(windows)
@@ -148,9 +152,12 @@ def calibrate(
         with accumulate(model, some, stride) as gathered, torch.inference_mode(), evaluation_mode(model):
             for batch in track(own.split(batch_size), label, enabled=progress):
                 model.base_model(input_ids=batch.to(model.device), use_cache=False)
-        for group in gathered:
-            if processes is not None:
+        if processes is not None:
+            for group in gathered:
                 add_up_(group, processes)
+        for alike in _alike(model, gathered):
+            pool_(alike, fisher)
+        for group in gathered:
             finish(group)
             group.C, group.sample = group.C.cpu(), group.sample.cpu()
             if group.members in fisher:
@@ -252,6 +259,37 @@ def measure_sensitivity(
         if not torch.isfinite(values).all():
             raise RankgateError(f"non-finite gradients at the output of {group[0]}; try a wider dtype")
     return fisher
+
+
+def _alike(model: PreTrainedModel, groups: list[GroupStats]) -> list[list[GroupStats]]:
+    """For every layer of experts and each of their linears, the statistics of all experts."""
+    by_name = {group.members[0]: group for group in groups}
+    return [
+        [by_name[name] for e in range(len(experts)) if (name := f"{layer}.{e}.{leaf}") in by_name]
+        for layer, experts in experts_of(model).items()
+        for leaf in (experts.up, DOWN)
+    ]
+
+
+def pool_(experts: list[GroupStats], fisher: dict[tuple[str, ...], Tensor]) -> None:
+    """Fill up what an expert saw to as many tokens as it has inputs, in place, with the mean of all of its layer.
+
+    That is its second moment (upper blocks of a sum, as `finish` takes it), its sample, and its `fisher`.
+    """
+    total, own = sum(group.tokens for group in experts), [group for group in experts if group.tokens < len(group.C)]
+    if not own or not total:
+        return
+    names = ", ".join(group.members[0] for group in own[:3])
+    log.warning("%d of %d experts saw few tokens and are filled up from the others: %s", len(own), len(experts), names)
+    mean = torch.stack([group.C for group in experts]).sum(0) / total
+    sample = torch.cat([group.sample for group in experts])
+    known = [fisher[group.members] for group in experts if group.members in fisher]
+    for group in own:
+        n = len(group.C)
+        group.C += (n - group.tokens) * mean
+        group.sample, group.tokens = torch.cat([group.sample, sample])[:SAMPLE], n
+        if known:
+            fisher[group.members] = torch.stack(known).mean(0)
 
 
 def add_outer(C: Tensor, x: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rankgate.conversion.calibration import Stats
 from rankgate.conversion.groups import NOT_CALLED, dense_weights, input_groups, linears, read_linear, shape
 from rankgate.core import GroupedLinear, SparseLinear
 from rankgate.errors import RankgateError
+from rankgate.experts import unstack_
 from rankgate.methods import Int8Config, Method
 from rankgate.methods.context import ContextLinear
 from rankgate.methods.given import GroupStats, Linear
@@ -62,6 +62,7 @@ def convert_(
 
     overrides: another method by the name of a linear, or a part of it ("down_proj", "mlp", "model.layers.0"), for the
     input groups that have such a member; None leaves these dense. The longest name decides.
+    Stacks of experts become linears of their own before (see `experts`).
     lm_head: also round the output embedding to int8 (no method, no statistics; an input embedding that was tied to it
     keeps its dense weight). Otherwise it stays dense. An override of its name with int8 or None asks for the same.
     consume: drop each second moment of `stats` after its last use, which saves memory; `stats` are of no use then.
@@ -71,6 +72,9 @@ def convert_(
     """
     if any(True for _ in converted_layers(model)):
         raise RankgateError("the model is converted already; start from the dense one")
+    if stats is not None:
+        stats.check(model)
+    unstack_(model)
     modules = linears(model)
     if not modules:
         raise RankgateError(f"{type(model).__name__} has no linear layers that could be converted; it is left as it is")
@@ -80,7 +84,7 @@ def convert_(
     others, lm_head = _checked(overrides or {}, model, list(reports), lm_head)
     used: dict[tuple[str, ...], GroupStats] = {}
     for one in methods_of(method, others):
-        used |= statistics_for(model, one, stats)
+        used |= statistics_for(one, stats)
     try:
         for chosen, groups in assigned(list(used) or input_groups(model), method, others):
             if chosen is None:
@@ -188,13 +192,11 @@ def convert_head_(model: PreTrainedModel) -> LayerReport:
     return LayerReport(name, name, layer.m, layer.n)
 
 
-def statistics_for(model: PreTrainedModel, method: Method, stats: Stats | None) -> dict[tuple[str, ...], GroupStats]:
+def statistics_for(method: Method, stats: Stats | None) -> dict[tuple[str, ...], GroupStats]:
     """The statistics that `method` uses, by members of the group: nothing if it needs none.
 
-    Raises RankgateError if it needs what `stats` do not have, or if they belong to another model.
+    Raises RankgateError if it needs what `stats` do not have.
     """
-    if stats is not None:
-        stats.check(model)
     if not method.needs_stats:
         return {}
     if stats is None:
@@ -216,12 +218,6 @@ def shared_part(layer: Converted) -> nn.Module:
     if isinstance(layer, SparseLinear):
         return layer.gate
     return layer.group if isinstance(layer, GroupedLinear) else layer.subspace
-
-
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` whose modules are its own and whose tensors are shared: dense and converted side by side."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def share_(model: PreTrainedModel, dense: PreTrainedModel) -> None:

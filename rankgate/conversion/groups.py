@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankgate.errors import RankgateError
+from rankgate.experts import DOWN, Experts, experts_of
 from rankgate.methods.given import Linear
 
 NOT_CALLED = "never called as a layer"
 ROUTER = "chooses or weighs experts; stays dense"
 HEAD = "the output embedding; lm_head rounds it"
-STACK = "several matrices in one parameter (experts); only linear layers are converted"
+STACK = "several matrices in one parameter, which the model multiplies by in a way of its own"
 NOT_LINEAR = "not a linear layer"
 
 
@@ -81,6 +82,8 @@ def dense_weights(model: PreTrainedModel) -> dict[str, tuple[int, int, str]]:
 
 def _stack(module: nn.Module) -> int:
     """How many matrices a module holds in one parameter (experts); 0 if in none."""
+    if isinstance(module, Experts):
+        return len(module)
     if isinstance(module, nn.modules.conv._ConvNd):
         return 0
     return max((len(p) for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) > 1), default=0)
@@ -94,7 +97,9 @@ def _routers(model: PreTrainedModel) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for block in model.modules():
         sizes = {1, *(_stack(child) for child in block.children())} - {0}
-        for child in block.children() if len(sizes) > 1 else ():
+        for child in block.children() if len(sizes) > 1 and not isinstance(block, Experts) else ():
+            if isinstance(child, Experts):
+                continue
             inside = [module for module in child.modules() if isinstance(module, nn.Linear)]
             if all(module.out_features in sizes for module in inside):
                 found.update(inside)
@@ -115,8 +120,8 @@ def _multiplies(module: nn.Linear) -> bool:
 def input_groups(model: PreTrainedModel) -> list[tuple[str, ...]]:
     """Names of the linears of `model`, grouped by the tensor they receive, in the order of execution.
 
-    Runs the model once on a few token ids. A linear that is never called (its weight is used in another way, or it is
-    an expert that no token reached) is in no group.
+    Runs the model once on a few token ids. A linear that is never called (its weight is used in another way) is in no
+    group. Every linear of experts is a group by itself, whether a token reached it or not.
     """
     inputs: list[Tensor] = []  # kept alive, so that no two of them can share an id
     groups: dict[int, list[str]] = {}
@@ -128,9 +133,21 @@ def input_groups(model: PreTrainedModel) -> list[tuple[str, ...]]:
             inputs.append(x)
             groups.setdefault(id(x), []).append(name)
 
+    def observe_all(name: str, experts: Experts) -> None:
+        for leaf in (experts.up, DOWN):
+            for number in range(len(experts)):
+                observe(f"{name}.{number}.{leaf}", torch.empty(0))
+
+    mixtures, known = experts_of(model), linears(model)
+    inside = {module for mixture in mixtures.values() for module in mixture.modules()}
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
-        for name, module in linears(model).items()
+        for name, module in known.items()
+        if module not in inside
+    ]
+    handles += [
+        module.register_forward_pre_hook(lambda module, _, name=name: observe_all(name, module))
+        for name, module in mixtures.items()
     ]
     try:
         with torch.no_grad():

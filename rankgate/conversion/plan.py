@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from rankgate.common.copies import twin
 from rankgate.common.files import atomic_path
 from rankgate.common.passes import evaluation_mode
 from rankgate.common.progress import track
 from rankgate.conversion.calibration import Stats
-from rankgate.conversion.convert import convert_head_, twin
+from rankgate.conversion.convert import convert_head_
 from rankgate.conversion.gates import record_gates
 from rankgate.conversion.groups import linears, read_linear
 from rankgate.conversion.reads import weight_reads

@@ -6,6 +6,7 @@
     quantised        codes, scales, zeros and low-rank factors as stored
     channel gate     + f × the gated columns, and the thresholds in full      f: measured share of channels
 
+Of a mixture's experts a token reads those that it has, on average; `dense` and `weights` count no more of them.
 A context basis counts the directions that were filled on average. Padding of stored codes counts. Activations, the
 key-value cache and what a token gate needs to be computed are not weights and are not counted.
 """
@@ -22,6 +23,7 @@ from rankgate.conversion.convert import Converted, converted_layers, shared_part
 from rankgate.conversion.gates import GateLog
 from rankgate.conversion.groups import linears
 from rankgate.core import GatedGroup, GroupedLinear, SparseLinear
+from rankgate.experts import experts_of
 from rankgate.methods.context import ContextBasis
 from rankgate.quantized import QuantizedGroup
 
@@ -38,7 +40,7 @@ class Reads:
     converted: float
     other: float
     other_dense: float
-    weights: int
+    weights: float
 
     @property
     def speedup(self) -> float:
@@ -63,16 +65,17 @@ class Reads:
 def weight_reads(model: PreTrainedModel, gates: Mapping[nn.Module, GateLog]) -> Reads:
     """Account for `model` (dense or converted), given what `record_gates` saw of each gate."""
     width = model.dtype.itemsize
-    dense = converted = other = other_dense = 0.0
-    weights = 0
+    dense = converted = other = other_dense = weights = 0.0
     inside: set[nn.Module] = set()
+    shares = {m: e.per_token / len(e) if e.per_token else 1.0 for e in experts_of(model).values() for m in e.modules()}
     head = model.get_output_embeddings()
     for _, layer in converted_layers(model):
-        size = layer.out_features * layer.in_features
-        read = layer_bytes(layer, gates)
+        share = shares.get(layer, 1.0)
+        size = share * layer.out_features * layer.in_features
+        read = share * layer_bytes(layer, gates)
         shared = shared_part(layer)
         if shared not in inside:
-            read += shared_bytes(shared, gates, width)
+            read += share * shared_bytes(shared, gates, width)
             inside.update(shared.modules())
         inside.add(layer)
         if layer is head:
@@ -82,9 +85,9 @@ def weight_reads(model: PreTrainedModel, gates: Mapping[nn.Module, GateLog]) -> 
     for module in linears(model).values():
         assert isinstance(module.weight, Tensor)
         inside.add(module)
-        dense += nbytes(module.weight)
-        converted += nbytes(module.weight)
-        weights += module.weight.numel()
+        share = shares.get(module, 1.0)
+        read = share * nbytes(module.weight)
+        dense, converted, weights = dense + read, converted + read, weights + share * module.weight.numel()
     for module in model.modules():
         if module not in inside:
             rows = module.num_embeddings if isinstance(module, nn.Embedding) else 1

@@ -31,6 +31,7 @@ from transformers.cache_utils import Cache
 from rankgate.attention.cache import CountedLayer
 from rankgate.attention.registry import beyond_plain, is_plainly_causal, is_window
 from rankgate.decoding.begun import Step
+from rankgate.experts import found_by_tables
 
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
 POSITIONS = 2, 5  # where the two traces begin
@@ -182,7 +183,7 @@ def _trace(
         logits: Tensor = out.logits.flatten(0, 1)
         return logits
 
-    with _own_attention(model):
+    with _own_attention(model), found_by_tables():
         return make_fx(step, pre_dispatch=True)(*inputs)
 
 

@@ -27,7 +27,8 @@ from rankgate.ops.cpu.memory import use_large_pages
 from rankgate.ops.cpu.vector import bits_of
 
 aten = torch.ops.aten
-QUANTIZED, ATTEND = torch.ops.rankgate.quantized_linear.default, torch.ops.rankgate.attend.default
+QUANTIZED, CHOSEN = torch.ops.rankgate.quantized_linear.default, torch.ops.rankgate.chosen_linear.default
+ATTEND = torch.ops.rankgate.attend.default
 FLOATS = set(KINDS)
 
 
@@ -213,12 +214,29 @@ class Native(Rows):
         wide, found = self._wide(x), self._accumulator(node, value)
         tokens = wide.numel() // wide.shape[-1]
         if tokens == 1:
-            product: Any = quantized.Product(table, lambda size: self._scratch(size, node))
+            product: Any = quantized.Product(table, memory=lambda size: self._scratch(size, node))
         else:
             product = many.Products(table, tokens)
         product.arguments[[quantized.X, quantized.Y]] = wide.data_ptr(), found.data_ptr()
         for row in product.rows:
             self._add_rows(row, product)
+        self._rounded(node, value, found)
+        return True
+
+    def _chosen(self, node: fx.Node, value: Tensor) -> bool:
+        """A product for each row of x, by a table that another row of the program puts into its arguments."""
+        x, tables, chosen, _ = _args(node)
+        addresses, numbers = self.values[tables], self.values[chosen]
+        if self.values[x].dtype not in KINDS or not numbers.is_contiguous():
+            return False
+        wide, found = self._wide(x), self._accumulator(node, value)
+        for row in range(len(wide)):
+            product = quantized.Product(*addresses.tolist(), memory=lambda size: self._scratch(size, node))
+            product.arguments[[quantized.X, quantized.Y]] = wide[row].data_ptr(), found[row].data_ptr()
+            place = product.arguments[quantized.TABLE :].ctypes.data
+            self._row(quantized.choose, [addresses.data_ptr(), numbers[row:].data_ptr(), place])
+            for each in product.rows:
+                self._add_rows(each, product)
         self._rounded(node, value, found)
         return True
 
@@ -356,6 +374,7 @@ def _is_view(value: Any, args: Any) -> bool:
 
 LOWER: dict[Any, Callable[[Native, fx.Node, Any], bool]] = {
     QUANTIZED: Native._quantized,
+    CHOSEN: Native._chosen,
     ATTEND: Native._attend,
     aten.linear.default: Native._linear,
     aten.addmm.default: Native._addmm,

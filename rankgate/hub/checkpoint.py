@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rankgate.conversion.convert import LayerReport, Others, finishers
 from rankgate.errors import RankgateError
+from rankgate.experts import experts_of
 from rankgate.hub.config import FORMAT, NAME, STACKED, RankgateConfig, build
 from rankgate.hub.layout import describe, tie
 from rankgate.hub.quantizer import RankgateQuantizer
@@ -67,7 +68,8 @@ def mark_converted(model: PreTrainedModel, method: Method, others: Others) -> No
     """Let `save_pretrained` know that `model` was converted, as if that had been done on loading."""
     overrides = {name: other.record() for name, other in others.items() if other is not None}
     dense = [name for name, other in others.items() if other is None]
-    config = RankgateConfig(method.record(), modules=describe(model), overrides=overrides, modules_to_not_convert=dense)
+    made: dict[str, Any] = {"modules": describe(model), "experts": [*experts_of(model)]}
+    config = RankgateConfig(method.record(), **made, overrides=overrides, modules_to_not_convert=dense)
     model.hf_quantizer = RankgateQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.config.quantization_config = config
     model.quantization_method = NAME  # type: ignore[assignment]

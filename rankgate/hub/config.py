@@ -46,6 +46,7 @@ class RankgateConfig(QuantizationConfigMixin):
         context: int = 512,
         windows: torch.Tensor | None = None,
         modules: list[dict[str, Any]] | None = None,
+        experts: list[str] | None = None,
         format: int = FORMAT,
         quant_method: str = NAME,
         **settings: Any,
@@ -57,6 +58,7 @@ class RankgateConfig(QuantizationConfigMixin):
         self.calibration_text, self.calibration_tokens, self.context = calibration_text, calibration_tokens, context
         self.windows = windows
         self.modules = modules
+        self.experts = list(experts or [])  # which are stored one by one: names of their stacks
         self.format = format
         if modules is not None and format not in (STACKED, FORMAT):
             raise RankgateError(

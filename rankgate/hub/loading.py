@@ -29,7 +29,8 @@ def convert_loaded_(model: PreTrainedModel, config: RankgateConfig) -> list[Laye
         windows = config.windows if config.windows is not None else _windows(model, config)
         stats = calibrate(model, windows, sensitivity=any(m.needs_sensitivity for m in used))
     layers = convert_(model, method, stats, overrides=others)
-    config.modules = model.config.quantization_config.modules  # as convert_ described it
+    described = model.config.quantization_config  # by convert_
+    config.modules, config.experts = described.modules, described.experts
     model.config.quantization_config = config
     return layers
 

@@ -76,10 +76,12 @@ class RankgateQuantizer(HfQuantizer):
         if self.pre_quantized:
             import torch
 
+            from rankgate.experts import unstack_
             from rankgate.hub.layout import rebuild, tie
 
             modules = self.quantization_config.modules or []
             with torch.device("meta"):
+                unstack_(model, self.quantization_config.experts)
                 rebuild(model, modules, model.dtype, self.quantization_config.format)
             tie(model)
             self.expected = {name: tensor.shape for name, tensor in model.state_dict().items()}

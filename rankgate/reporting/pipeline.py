@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from rankgate.attention.attend import AttentionConfig, select_tokens_
 from rankgate.attention.heads import check_share, try_heads
+from rankgate.common.copies import twin
 from rankgate.conversion.calibration import Stats, calibrate, fingerprint
-from rankgate.conversion.convert import LayerReport, convert_, twin
+from rankgate.conversion.convert import LayerReport, convert_
 from rankgate.conversion.evaluation import Evaluation, TextComparison, compare_text, continuations, evaluate
 from rankgate.conversion.processes import leads
 from rankgate.conversion.windows import overlap, run_hashes

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
 
-from rankgate.conversion.convert import convert_, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_
 from rankgate.conversion.gates import record_gates
 from rankgate.methods import ASVDConfig, GSIConfig
 

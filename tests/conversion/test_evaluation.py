@@ -5,7 +5,8 @@ import torch
 from conftest import calibrated, tiny_model, tokens
 from torch.nn import functional as F
 
-from rankgate.conversion.convert import convert_, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_
 from rankgate.conversion.evaluation import compare_text, continuations, evaluate, first_difference
 from rankgate.errors import RankgateError
 from rankgate.methods import ASVDConfig, GSIConfig

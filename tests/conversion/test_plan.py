@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 
+from rankgate.common.copies import twin
 from rankgate.conversion import plan as planning
 from rankgate.conversion.calibration import Stats, calibrate
-from rankgate.conversion.convert import convert_, twin
+from rankgate.conversion.convert import convert_
 from rankgate.conversion.plan import SETTINGS, Budget, Measured, Option, Planner, load_settings, predictions
 from rankgate.conversion.timing import Timer
 from rankgate.core import GroupedLinear

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import VOCAB, calibrated, tiny_model, tokens
 
-from rankgate.conversion.convert import convert_, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_
 from rankgate.conversion.gates import record_gates
 from rankgate.conversion.reads import weight_reads
 from rankgate.methods import GSIConfig, Int4Config, LRQConfig, SparseConfig, SVDConfig

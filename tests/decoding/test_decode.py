@@ -11,7 +11,8 @@ from torch import nn
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from rankgate.conversion.convert import convert_, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_
 from rankgate.core import InputGroup
 from rankgate.decoding import steps as module
 from rankgate.decoding.loop import decode, fast_generate

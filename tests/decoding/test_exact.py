@@ -11,7 +11,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from transformers.generation.streamers import BaseStreamer
 
 from rankgate.cli import parser as cli
-from rankgate.conversion.convert import convert_, converted_layers, share_, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_, converted_layers, share_
 from rankgate.decoding import exact, steps
 from rankgate.decoding.exact import Costs, Exact, Statistics, best_length, describe, exact_generate
 from rankgate.decoding.readers import Ordinary

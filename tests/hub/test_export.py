@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rankgate.cli import main
-from rankgate.conversion.convert import convert_, converted_layers, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_, converted_layers
 from rankgate.errors import RankgateError
 from rankgate.hub.checkpoint import Checkpoint
 from rankgate.hub.export import compressed, lora

@@ -9,7 +9,8 @@ import torch
 from conftest import calibrated, tiny_model
 
 from rankgate.cli import parser as cli
-from rankgate.conversion.convert import convert_, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_
 from rankgate.conversion.evaluation import evaluate
 from rankgate.errors import RankgateError
 from rankgate.hub.opening import Opened

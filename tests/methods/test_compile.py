@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import calibrated, tiny_model, tokens
 
-from rankgate.conversion.convert import convert_, converted_layers, shared_part, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_, converted_layers, shared_part
 from rankgate.core import GroupedLinear
 from rankgate.methods import ASVDConfig, GSIConfig, Int4Config, Int8Config, LRQConfig, SparseConfig, SVDConfig
 

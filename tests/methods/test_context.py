@@ -3,7 +3,8 @@ import torch
 from conftest import tiny_model, tokens
 from transformers import StaticCache
 
-from rankgate.conversion.convert import convert_, converted_layers, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_, converted_layers
 from rankgate.conversion.gates import record_gates
 from rankgate.methods import GSIConfig
 from rankgate.methods.context import Basis

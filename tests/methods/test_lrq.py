@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
 
+from rankgate.common.copies import twin
 from rankgate.conversion.calibration import calibrate
-from rankgate.conversion.convert import convert_, converted_layers, twin
+from rankgate.conversion.convert import convert_, converted_layers
 from rankgate.conversion.evaluation import evaluate
 from rankgate.conversion.groups import read_linear
 from rankgate.errors import RankgateError

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, calibrated, tiny_model, tokens
 
-from rankgate.conversion.convert import convert_, converted_layers, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_, converted_layers
 from rankgate.core import GatedGroup
 from rankgate.errors import RankgateError
 from rankgate.methods import ASVDConfig, GSIConfig, SparseConfig, SVDConfig

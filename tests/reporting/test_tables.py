@@ -1,7 +1,8 @@
 import pytest
 from conftest import calibrated, tiny_model, tokens
 
-from rankgate.conversion.convert import convert_, twin
+from rankgate.common.copies import twin
+from rankgate.conversion.convert import convert_
 from rankgate.conversion.evaluation import evaluate
 from rankgate.methods import ASVDConfig, GSIConfig, LRQConfig, SparseConfig
 from rankgate.reporting.pipeline import Conversion, Result

@@ -257,11 +257,13 @@ def multiply(arguments: int, chunk: int) -> None:
 class Product:
     """One product as two rows of a program, its x and y to be given, and the memory that they need.
 
+    tables: of matrices of one shape, any of which may be put in the place of the first (`choose`).
     memory: bytes that what the first row leaves for the second may take, from their number.
     """
 
-    def __init__(self, table: int, memory: Callable[[int], Tensor] = scratch) -> None:
-        m, n, rank, plane = _shape(table)
+    def __init__(self, *tables: int, memory: Callable[[int], Tensor] = scratch) -> None:
+        table = tables[0]
+        m, n, rank, plane = map(max, zip(*map(_shape, tables), strict=True))
         words, blocks = _words(table), -(-n // GROUP)
         sizes = [256 * blocks, 4 * rank, *((8 * n + 8, 4 * n + 8) if plane else (0, 0))]
         self.scratch = memory(sum(sizes) + LINE * (len(sizes) + 1))
@@ -269,9 +271,11 @@ class Product:
         row_bytes = 8 * words[BITS] * blocks
         rows = team.chunk_rows(m, row_bytes, GROUP if plane else GROUP // 2)
         self.arguments = np.array([table, 0, 0, *(self.scratch.data_ptr() + ends[:4]), 0, PATHS[0], rows], np.int64)
+        ahead = [(words[B], n * rank), (words[CODES], rows * row_bytes)]  # what can be fetched, if that is known
+        prepared, multiplied = ahead if len(tables) == 1 else [(0, 0)] * 2
         self.rows = [
-            team.row(prepare, self.arguments, 1, words[B], n * rank),
-            team.row(multiply, self.arguments, -(-m // rows), words[CODES], rows * row_bytes),
+            team.row(prepare, self.arguments, 1, *prepared),
+            team.row(multiply, self.arguments, -(-m // rows), *multiplied),
         ]
         self.program = team.program(self.rows)
 
@@ -297,6 +301,19 @@ def _product(table: int) -> Product:
     product: Product = known[key]
     product.arguments[TABLE] = table
     return product
+
+
+@Kernel
+def choose(arguments: int, _: int) -> None:
+    """Let a product be that of one of several tables: their addresses, the number of one, and where it is wanted."""
+    tables, number = read_int64(arguments, 0), read_int64(read_int64(arguments, 8), 0)
+    write_int64(read_int64(arguments, 16), 0, read_int64(tables, 8 * number))
+
+
+def chosen(x: Tensor, tables: Tensor, numbers: Tensor, m: int) -> Tensor:
+    """Row s of y (rows, m) is row s of x (rows, n) by table number_s; `tables`: addresses, of groups of one shape."""
+    rows = zip(x, tables[numbers].tolist(), strict=True)
+    return torch.stack([gemv(row, table, m) for row, table in rows])
 
 
 def gemv(x: Tensor, table: int, m: int) -> Tensor:

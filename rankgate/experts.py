@@ -1,0 +1,145 @@
+"""A mixture's experts as linears of their own, which are converted like any other.
+
+transformers holds the E experts of a layer as stacks: `gate_up_proj` (E × m × n), `down_proj`. `unstack_` puts
+`Experts` in their place, one pair of `nn.Linear` each, on the same memory; names are those of the stack with a number
+in between (`mlp.experts.3.down_proj`). What lies between the two products stays the model's own (`_apply_gate`).
+
+    y_t = Σ_{e chosen for t} w_te down_e(gate(gate_up_e(x_t)))
+
+Tokens are sorted by expert, and each expert that was chosen is called once. A captured step cannot branch: there each
+pair of token and expert finds its weights through a table, `torch.ops.rankgate.chosen_linear`, so it reads no more than
+the experts of its tokens. That takes experts that are quantised, on a CPU.
+
+Not covered: experts whose module is not made by transformers' `use_experts_implementation`, or with norms of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from transformers import PreTrainedModel
+
+from rankgate.common.copies import twin
+from rankgate.core import GroupedLinear, frozen, operators
+from rankgate.errors import RankgateError
+from rankgate.quantized import QuantizedGroup
+
+UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+_trace = threading.local()
+
+
+class Experts(nn.ModuleList):
+    """The experts of one layer: each a `ModuleDict` of two linears.
+
+    per_token: how many of them a token has; known after the first call.
+    """
+
+    def __init__(self, stack: nn.Module) -> None:
+        """Take the place of `stack`, which keeps its settings and loses its weights."""
+        up = next(name for name in UP if hasattr(stack, name))
+        experts = [
+            nn.ModuleDict({name: _linear(stack, name, e) for name in (up, DOWN)})
+            for e in range(len(stack.get_parameter(DOWN)))
+        ]
+        super().__init__(experts)
+        self.up, self.per_token = up, 0
+        for name in [name for name, _ in stack.named_parameters(recurse=False)]:
+            delattr(stack, name)
+        vars(self)["rule"] = stack  # no child: it has nothing that is stored, moved or initialised
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """y (tokens, n) of x (tokens, n), by the experts `chosen` (tokens, k) for each and their `weights`."""
+        rule: Any = vars(self)["rule"]
+        self.per_token = chosen.shape[1]
+        each = chosen.flatten()
+        hidden = self._linear(self.up, x.repeat_interleave(self.per_token, 0), each)
+        hidden = rule._apply_gate(hidden) if rule.has_gate else rule.act_fn(hidden)
+        y = self._linear(DOWN, hidden, each) * weights.flatten()[:, None]
+        summed: Tensor = y.unflatten(0, chosen.shape).sum(1).to(x.dtype)
+        return summed
+
+    def _linear(self, name: str, x: Tensor, chosen: Tensor) -> Tensor:
+        """Row s of x (rows, n) by the linear `name` of expert chosen_s (rows,)."""
+        if getattr(_trace, "active", False):
+            tables, biases, m = self._tables(name)
+            y: Tensor = torch.ops.rankgate.chosen_linear(x, tables, chosen, m)
+            return y if biases is None else y + biases[chosen]
+        order = chosen.argsort(stable=True)
+        parts = x[order].split(chosen.bincount(minlength=len(self)).tolist())
+        found = [self[e][name](part) for e, part in enumerate(parts) if len(part)]  # type: ignore[index]
+        return torch.cat(found)[order.argsort()]
+
+    def _tables(self, name: str) -> tuple[Tensor, Tensor | None, int]:
+        """Addresses of the experts' tables (E,), their biases (E, m), and m.
+
+        Raises RankgateError if a step cannot find its experts so.
+        """
+        linears = [expert[name] for expert in self]  # type: ignore[index]
+        groups = [layer.group for layer in linears if isinstance(layer, GroupedLinear)]
+        quantised = [group for group in groups if isinstance(group, QuantizedGroup)]
+        if len(quantised) < len(self) or quantised[0].base.codes.is_cuda:
+            raise RankgateError("its experts are chosen by the CPU, from modules: they are no quantised ones on a CPU")
+        with disable_proxy_modes_tracing():
+            tables = torch.tensor([group.table() for group in quantised])
+            biases = None if linears[0].bias is None else torch.stack([layer.bias for layer in linears])
+        return tables, biases, quantised[0].m
+
+
+@contextlib.contextmanager
+def found_by_tables() -> Iterator[None]:
+    """For as long as this lasts, experts that this thread calls are found without a branch."""
+    _trace.active = True
+    try:
+        yield
+    finally:
+        _trace.active = False
+
+
+def unstack_(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Put `Experts` in place of stacks of experts: of all that are known, or of those with these names."""
+    for name, module in list(model.named_modules()):
+        if is_stack(module) and (names is None or name in names):
+            model.set_submodule(name, Experts(module))
+
+
+def unstacked(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, or a twin with `Experts` in place of stacks if it has such."""
+    if not any(map(is_stack, model.modules())):
+        return model
+    found = twin(model)
+    unstack_(found)
+    return found
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether transformers knows how to compute `module` from stacks of weights, and so do we."""
+    settings = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+    held = {name for name, _ in module.named_parameters(recurse=False)}
+    return settings and DOWN in held and bool({*UP} & held) and held == {*dict(module.named_parameters())}
+
+
+def experts_of(model: nn.Module) -> dict[str, Experts]:
+    """Those of every layer, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def _linear(stack: nn.Module, name: str, expert: int) -> nn.Linear:
+    """One matrix of a stack, on its memory where it is stored as a linear layer is."""
+    W = stack.get_parameter(name).detach()[expert]
+    W = W.T.contiguous() if stack.is_transposed else W
+    with torch.device("meta"):
+        linear = nn.Linear(W.shape[1], W.shape[0], bias=bool(stack.has_bias))
+    linear.weight = frozen(W)
+    if stack.has_bias:
+        linear.bias = frozen(stack.get_parameter(f"{name}_bias").detach()[expert])
+    return linear
+
+
+operators.define("chosen_linear(Tensor x, Tensor tables, Tensor chosen, int m) -> Tensor")
+operators.impl("chosen_linear", lambda x, tables, chosen, m: x.new_empty((len(x), m)), "Meta")
