@@ -129,6 +129,12 @@ def experts_of(model: nn.Module) -> dict[str, Experts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
+def shares(model: nn.Module) -> dict[nn.Module, float]:
+    """By every module of experts, what share of them a token has, as the last call had it."""
+    found = experts_of(model).values()
+    return {module: e.per_token / len(e) if e.per_token else 1.0 for e in found for module in e.modules()}
+
+
 def _linear(stack: nn.Module, name: str, expert: int) -> nn.Linear:
     """One matrix of a stack, on its memory where it is stored as a linear layer is."""
     W = stack.get_parameter(name).detach()[expert]

@@ -25,12 +25,12 @@ class GateLog:
     @property
     def fire(self) -> Tensor:
         """Share of the residual that each token read: 0 or 1 for a token gate."""
-        return torch.cat(self._fire)
+        return torch.cat([torch.empty(0), *self._fire])
 
     @property
     def rate(self) -> float:
-        """Share of the residual that was read: of tokens that fired, or of channels."""
-        return self.fire.mean().item()
+        """Share of the residual that was read: of tokens that fired, or of channels; 0 if it saw none."""
+        return self.fire.mean().item() if self._fire else 0.0
 
     @property
     def columns(self) -> float | None:

@@ -43,6 +43,7 @@ from rankgate.conversion.groups import linears, read_linear
 from rankgate.conversion.reads import weight_reads
 from rankgate.conversion.timing import Timer
 from rankgate.errors import RankgateError
+from rankgate.experts import shares, unstacked
 from rankgate.methods.base import members
 from rankgate.methods.given import GroupStats, Linear
 from rankgate.methods.planned import PlannedConfig, Setting, assemble, quantize
@@ -224,7 +225,8 @@ class Planner:
         if not stats.has_sensitivity:
             raise RankgateError("a plan needs output sensitivities; calibrate anew with sensitivity=True")
         stats.check(model)
-        self.model, self.windows, self.lm_head, self.progress = model, windows, lm_head, progress
+        self.model = model = unstacked(model)
+        self.windows, self.lm_head, self.progress = windows, lm_head, progress
         self.settings = settings
         self.groups = {group.members[0]: group.to(model.device) for group in stats.groups}
         self.built: dict[tuple[str, Setting], QuantizedGroup] = {}
@@ -313,7 +315,7 @@ class Planner:
         """Dense first, then every setting that is faster, by the first member of the group."""
         first = self.windows[:1, :SENSITIVITY_TOKENS]
         reference = log_probabilities(self.model, first)
-        options = {}
+        options, read_shares, modules = {}, shares(self.model), linears(self.model)
         for name, stats in track(list(self.groups.items()), "sensitivity of groups", enabled=self.progress):
             layers = self._layers(name)
             with replaced(self.model, self._modules(name, REFERENCE)):
@@ -323,11 +325,12 @@ class Planner:
             factor = max(kl, 0.0) / losses[REFERENCE]
             m, n = sum(layer.m for layer in layers), layers[0].n
             seconds = self.timer.dense(tuple(layer.m for layer in layers), n)
-            options[name] = [Option(None, 0.0, seconds, m * n * self.model.dtype.itemsize)]
+            share = read_shares.get(modules[name], 1.0)
+            options[name] = [Option(None, 0.0, share * seconds, share * m * n * self.model.dtype.itemsize)]
             for setting in self.settings:
                 faster, read = self.timer.quantized(m, n, setting)
                 if faster < seconds:
-                    options[name].append(Option(setting, factor * losses[setting], faster, read))
+                    options[name].append(Option(setting, factor * losses[setting], share * faster, share * read))
         return options
 
     def _layers(self, name: str) -> list[Linear]:

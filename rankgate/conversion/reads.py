@@ -23,7 +23,7 @@ from rankgate.conversion.convert import Converted, converted_layers, shared_part
 from rankgate.conversion.gates import GateLog
 from rankgate.conversion.groups import linears
 from rankgate.core import GatedGroup, GroupedLinear, SparseLinear
-from rankgate.experts import experts_of
+from rankgate.experts import shares
 from rankgate.methods.context import ContextBasis
 from rankgate.quantized import QuantizedGroup
 
@@ -67,10 +67,10 @@ def weight_reads(model: PreTrainedModel, gates: Mapping[nn.Module, GateLog]) -> 
     width = model.dtype.itemsize
     dense = converted = other = other_dense = weights = 0.0
     inside: set[nn.Module] = set()
-    shares = {m: e.per_token / len(e) if e.per_token else 1.0 for e in experts_of(model).values() for m in e.modules()}
+    chosen = shares(model)
     head = model.get_output_embeddings()
     for _, layer in converted_layers(model):
-        share = shares.get(layer, 1.0)
+        share = chosen.get(layer, 1.0)
         size = share * layer.out_features * layer.in_features
         read = share * layer_bytes(layer, gates)
         shared = shared_part(layer)
@@ -85,7 +85,7 @@ def weight_reads(model: PreTrainedModel, gates: Mapping[nn.Module, GateLog]) -> 
     for module in linears(model).values():
         assert isinstance(module.weight, Tensor)
         inside.add(module)
-        share = shares.get(module, 1.0)
+        share = chosen.get(module, 1.0)
         read = share * nbytes(module.weight)
         dense, converted, weights = dense + read, converted + read, weights + share * module.weight.numel()
     for module in model.modules():

@@ -21,6 +21,7 @@ from rankgate.common.progress import track
 from rankgate.conversion.calibration import Stats
 from rankgate.conversion.groups import linears, read_linear
 from rankgate.core import widen
+from rankgate.experts import unstacked
 from rankgate.methods.given import GroupStats
 from rankgate.methods.svd import rank_at
 
@@ -48,7 +49,7 @@ class WeightSpectrum:
 def weight_spectra(model: PreTrainedModel, *, progress: bool = False) -> list[WeightSpectrum]:
     """Singular-value analysis of every linear of a dense model but the output embedding."""
     spectra = []
-    for name, module in track(list(linears(model).items()), "decomposing", enabled=progress):
+    for name, module in track(list(linears(unstacked(model)).items()), "decomposing", enabled=progress):
         layer = read_linear(name, module)
         cumulative = _cumulative(torch.linalg.svdvals(widen(layer.W)).square())
         ranks = {energy: rank_at(cumulative, energy) for energy in ENERGIES}

@@ -20,6 +20,7 @@ from rankgate.conversion.reads import weight_reads
 from rankgate.decoding.exact import Exact
 from rankgate.decoding.loop import decode, fast_generate
 from rankgate.errors import RankgateError
+from rankgate.experts import unstacked
 from rankgate.hub import texts
 from rankgate.hub.opening import Opened, open_any, open_dense, open_pair
 from rankgate.quantized import GROUP
@@ -121,9 +122,10 @@ class Runner:
         """What does not change from round to round, and what the last one's drafts came to in exact mode."""
         bytes_per_token = None
         if self.subject.torchao is None and self.exact is None:
-            with record_gates(self.model) as gates, torch.inference_mode():
-                self.model(input_ids=self.long, use_cache=False, logits_to_keep=1)
-            reads = weight_reads(self.model, gates)
+            model = unstacked(self.model)
+            with record_gates(model) as gates, torch.inference_mode():
+                model(input_ids=self.long, use_cache=False, logits_to_keep=1)
+            reads = weight_reads(model, gates)
             bytes_per_token = reads.converted + reads.other
         facts = {"bytes_per_token": bytes_per_token, "peak_memory_bytes": peak_memory(), "warm_up_s": self.warm_up_s}
         return facts if self.exact is None else {**facts, "exact": self.exact.statistics.record()}
