@@ -31,10 +31,14 @@ from transformers.cache_utils import Cache
 from rankgate.attention.cache import CountedLayer
 from rankgate.attention.registry import beyond_plain, is_plainly_causal, is_window
 from rankgate.decoding.begun import Step
+from rankgate.decoding.positions import unscaled
 from rankgate.experts import found_by_tables
 
 NAME = "rankgate_decode"  # of the attention implementation that is active during a trace
 POSITIONS = 2, 5  # where the two traces begin
+
+
+OWN_ATTENTION = "a layer's attention does not use transformers' attention interface"
 
 
 class Uncapturable(Exception):
@@ -177,13 +181,20 @@ def _trace(
         pairs = zip(buffers[::2], buffers[1::2], strict=True)
         layers = [_TracedLayer(*pair, at, functools.partial(attention, layer)) for layer, pair in enumerate(pairs)]
         place = {"position_ids": position} if options.get("position_ids") is not None else {}
-        out = model(**{**options, **place, "input_ids": token, "past_key_values": Cache(layers=list(layers))})
+        try:
+            out = model(**{**options, **place, "input_ids": token, "past_key_values": Cache(layers=list(layers))})
+        except Uncapturable:
+            raise
+        except Exception as error:
+            if any(layer.entry is not None and not layer.attended for layer in layers):
+                raise Uncapturable(OWN_ATTENTION) from error
+            raise
         if not all(layer.attended for layer in layers):
-            raise Uncapturable("a layer's attention does not use transformers' attention interface")
+            raise Uncapturable(OWN_ATTENTION)
         logits: Tensor = out.logits.flatten(0, 1)
         return logits
 
-    with _own_attention(model), found_by_tables():
+    with _own_attention(model), found_by_tables(), unscaled(model):
         return make_fx(step, pre_dispatch=True)(*inputs)
 
 

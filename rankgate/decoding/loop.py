@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from rankgate.decoding.batch import Batch, Text
 from rankgate.decoding.begun import Begun
+from rankgate.decoding.positions import forget_longest_, scaled_from
 from rankgate.decoding.steps import Steps, explain, failed
 from rankgate.errors import RankgateError
 from rankgate.ops.gpu import has_triton
@@ -72,7 +74,7 @@ def decode(
     if streamer is not None and method != "_sample":
         raise RankgateError("a streamer cannot follow several beams: leave out streamer, or num_beams")
     known = batch is not None and bool(batch.captures)
-    if batch is not None and (len(input_ids) > 1 or (not known and _remembers_longest(model))):
+    if batch is not None and (len(input_ids) > 1 or (not known and scaled_from(model) < math.inf)):
         given = model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer
         with batch.alone():
             return decode(*given, generator=generator, **model_kwargs)
@@ -112,26 +114,6 @@ def decode(
     if streamer is not None:
         streamer.end()
     return input_ids
-
-
-def forget_longest_(model: PreTrainedModel) -> None:
-    """Let rotary embeddings that scale with the longest text so far (dynamic NTK) begin anew.
-
-    They keep that length from one call of the model to the next, so that an answer would depend on those before it.
-    """
-    for module in model.modules():
-        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-            prefix = name.removesuffix("max_seq_len_cached")
-            first = getattr(module, "original_max_seq_len", None)
-            if first is not None and getattr(module, name) != first:
-                frequencies: Any = getattr(module, f"{prefix}original_inv_freq")
-                setattr(module, name, first)
-                setattr(module, f"{prefix}inv_freq", frequencies.to(model.device))
-
-
-def _remembers_longest(model: PreTrainedModel) -> bool:
-    """Whether positions of a text depend on the longest one so far, which others of a batch would change."""
-    return any(getattr(module, "rope_type", None) in {"dynamic", "longrope"} for module in model.modules())
 
 
 def _loop(
@@ -257,6 +239,7 @@ def unsupported(
         or not kwargs.get("use_cache"),
         "arguments of its own": not given
         <= {"past_key_values", "position_ids", "use_cache", "logits_to_keep", "attention_mask"},
+        "positions that are scaled anew within the text": (config.max_length or math.inf) > scaled_from(model),
         "positions of its own": positions is not None
         and not _counts(positions, torch.ones_like(input_ids) if mask is None else mask),
         "a step that could not be captured before": not known and failed(model, len(input_ids)),
@@ -265,14 +248,40 @@ def unsupported(
 
 
 def _unsupported_model(model: PreTrainedModel) -> dict[str, bool]:
-    device, own = model.device, {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
+    own: Any = type(model)
+    device, update = model.device, "_update_model_kwargs_for_generation"
     return {
         "an encoder": model.config.is_encoder_decoder,
         "a device without kernels": device.type != "cpu" and not has_triton(device),
         "several devices": any(t.device != device for t in (*model.parameters(), *model.buffers())),
         "training mode": model.training,
         "hooks on its modules": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
-        "its own preparation of arguments": any(
-            getattr(type(model), name) is not getattr(GenerationMixin, name) for name in own
-        ),
+        "its own preparation of arguments": getattr(own, update) is not getattr(GenerationMixin, update)
+        or not _prepares_as_usual(model),
     }
+
+
+def _prepares_as_usual(model: PreTrainedModel) -> bool:
+    """Whether the model's arguments are those that generate() prepares for any: for a prompt, and for a token after.
+
+    Phi-3 has a preparation of its own for texts that outgrow its first positions, see `scaled_from`.
+    """
+    kind: Any = type(model)
+    own = kind.prepare_inputs_for_generation
+    usual: Any = GenerationMixin.prepare_inputs_for_generation
+    if own is usual:
+        return True
+    ids = torch.ones(1, 3, dtype=torch.int64, device=model.device)
+    for first in (True, False):
+        given = {"attention_mask": torch.ones_like(ids), "use_cache": True, "logits_to_keep": 1}
+        cache = DynamicCache(config=model.config)
+        a, b = (
+            prepare(model, ids, past_key_values=cache, is_first_iteration=first, **given) for prepare in (own, usual)
+        )
+        if a.keys() != b.keys() or not all(_alike(a[name], b[name]) for name in a):
+            return False
+    return True
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)

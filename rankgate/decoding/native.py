@@ -126,6 +126,8 @@ class Native(Rows):
         """Rows for one operation."""
         value = self._placed(node)
         lower = LOWER.get(node.target)
+        if isinstance(value, Tensor) and not value.numel():
+            return
         if not (lower is not None and lower(self, node, value)) and not self._elementwise(node, value):
             self._call(node, value)
 
@@ -332,8 +334,9 @@ class Native(Rows):
         if dimensions(value.shape) > 4:
             return False
         for part, target in zip(parts, targets, strict=True):
-            self._copy(part, target)
-            self._end_chain()
+            if target.numel():
+                self._copy(part, target)
+                self._end_chain()
         return True
 
 
