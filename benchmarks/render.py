@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import architectures
 import attention
 import attention_quality
 import attention_speed
@@ -114,6 +115,7 @@ def results() -> Iterator[str]:
     yield blocks.section(load("blocks"))
     yield foundation.section(load("foundation"))
     yield memory.section(load("memory"))
+    yield from of_each(architectures.section, "architectures")
     yield calibration.section(load("calibration"))
     yield attention_quality.section(load("attention_quality"))
     yield attention.section(load("attention"))
