@@ -144,21 +144,28 @@ AttentionMaskInterface.register(NAME, _mask)
 
 @contextlib.contextmanager
 def _own_attention(model: nn.Module) -> Iterator[None]:
-    """For as long as this lasts, the model uses our attention, and does not look for padding among its input ids."""
+    """For as long as this lasts, the model uses our attention, and does not look for padding among its input ids.
+
+    Dense experts on a GPU are found by indexing, which a CUDA graph can hold.
+    """
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    configs = {id(m.config): (m.config, m.config._attn_implementation_internal) for m in models}
+    names = "_attn_implementation_internal", "_experts_implementation_internal"
+    configs = {id(m.config): (m.config, [getattr(m.config, name) for name in names]) for m in models}
     older = [m for m in model.modules() if hasattr(m, "_attn") and hasattr(m, "scale_attn")]
     try:
         for module in older:
             vars(module)["_attn"] = functools.partial(_older_attention, module)
         for config, _ in configs.values():
             config._attn_implementation_internal = NAME
+            if any(m.device.type == "cuda" for m in models):
+                config._experts_implementation_internal = "batched_mm"
         for m in models:
             vars(m)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
         yield
     finally:
         for config, before in configs.values():
-            config._attn_implementation_internal = before
+            for name, value in zip(names, before, strict=True):
+                setattr(config, name, value)
         for m in models:
             del vars(m)["warn_if_padding_and_no_attention_mask"]
         for module in older:
