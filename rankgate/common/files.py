@@ -1,13 +1,17 @@
-"""Outputs appear whole or not at all."""
+"""Outputs appear whole or not at all; what is too large for memory lies in files."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from rankgate.errors import RankgateError
 
@@ -35,6 +39,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def in_file(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in a file that has no name and is gone with them: the system moves what is not in use out of memory.
+
+    It lies where temporary files do (TMPDIR). Raises RankgateError if there is no room.
+    """
+    count = math.prod(shape)
+    try:
+        with tempfile.NamedTemporaryFile(prefix="rankgate.") as file:
+            reserve = (
+                os.posix_fallocate if hasattr(os, "posix_fallocate") else lambda fd, _, size: os.truncate(fd, size)
+            )
+            reserve(file.fileno(), 0, count * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+    except OSError as error:
+        where = f"{count * dtype.itemsize / 1e9:.1f} GB in {tempfile.gettempdir()}: {error.strerror}"
+        raise RankgateError(f"no room for {where}; set TMPDIR to a directory on a larger disk") from error
 
 
 def check_writable(directory: str | Path) -> None:

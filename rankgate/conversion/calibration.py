@@ -6,8 +6,8 @@ For each input group (see `groups`), over all calibration tokens x (n values eac
 
 Its top eigenvectors are the subspace that keeps most of ‖x‖², and W C Wᵀ is the second moment of the layer's outputs.
 Accumulated in float32 (float64 for a float64 model) while the model runs. Memory is one n × n matrix per group,
-whatever the number of tokens. On a GPU those under way keep within a tenth of the weights: the text is read as often
-as that takes, and what is finished goes to main memory. C is symmetric, so only the blocks on and above its diagonal
+whatever the number of tokens; from 1 GiB on they lie in temporary files. On a GPU those under way keep within a tenth
+of the weights: the text is read as often as that takes. C is symmetric, so only the blocks on and above its diagonal
 are multiplied. The output embedding is not run: its input is not needed. Of the activations themselves, a sample of
 at most 256 tokens is kept, evenly spread over the text: what gates are calibrated on.
 
@@ -26,7 +26,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from rankgate.common.files import atomic_path
+from rankgate.common.files import atomic_path, in_file
 from rankgate.common.passes import backward_from_sampled_labels, evaluation_mode, gradients_from_embedding
 from rankgate.common.progress import track
 from rankgate.conversion.groups import input_groups, linears, shape
@@ -53,6 +53,7 @@ FORMAT = "rankgate-stats-2"
 SYRK_BLOCKS = 4
 SAMPLE = 256  # tokens kept per group
 SENSITIVITY_TOKENS = 2048
+IN_MEMORY = 1 << 30  # bytes of second moments; more of them lie in files
 SHARE = 0.1  # of a GPU's weights that the second moments of one pass may take
 log = logging.getLogger(__name__)
 PIECE = 128  # of them at a time: what a backward pass keeps grows with the length
@@ -145,11 +146,12 @@ def calibrate(
     members = input_groups(model)
     fisher = measure_sensitivity(model, members, windows, progress=progress) if sensitivity else {}
     stride = sample_stride(windows)
+    kept = in_file if sum(moment_sizes(model, members).values()) > IN_MEMORY else torch.zeros
     groups = []
     passes = split_passes(model, members)
     for number, some in enumerate(passes, 1):
         label = f"calibrating {number}/{len(passes)}" if len(passes) > 1 else "calibrating"
-        with accumulate(model, some, stride) as gathered, torch.inference_mode(), evaluation_mode(model):
+        with accumulate(model, some, stride, kept) as gathered, torch.inference_mode(), evaluation_mode(model):
             for batch in track(own.split(batch_size), label, enabled=progress):
                 model.base_model(input_ids=batch.to(model.device), use_cache=False)
         if processes is not None:
@@ -159,7 +161,9 @@ def calibrate(
             pool_(alike, fisher)
         for group in gathered:
             finish(group)
-            group.C, group.sample = group.C.cpu(), group.sample.cpu()
+            if group.C.is_cuda:
+                group.C = kept(tuple(group.C.shape), dtype=group.C.dtype).copy_(group.C)
+            group.sample = group.sample.cpu()
             if group.members in fisher:
                 group.sensitivity = fisher[group.members].cpu()
         groups += gathered
@@ -170,17 +174,22 @@ def split_passes(model: PreTrainedModel, members: list[tuple[str, ...]]) -> list
     """The groups whose second moments are accumulated in one pass over the text: on the CPU all of them."""
     if model.device.type == "cpu":
         return [members]
-    modules, taken = linears(model), math.inf
+    taken = math.inf
     passes: list[list[tuple[str, ...]]] = []
     budget = SHARE * sum(p.numel() * p.element_size() for p in model.parameters())
-    for names in members:
-        size = 4 * shape(modules[names[0]])[1] ** 2
+    for names, size in moment_sizes(model, members).items():
         if taken + size > budget:
             passes.append([])
             taken = 0
         passes[-1].append(names)
         taken += size
     return passes
+
+
+def moment_sizes(model: PreTrainedModel, members: list[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
+    """Bytes of the second moment of every group in float32."""
+    modules = linears(model)
+    return {names: 4 * shape(modules[names[0]])[1] ** 2 for names in members}
 
 
 def sample_stride(windows: Tensor) -> int:
@@ -192,8 +201,15 @@ def sample_stride(windows: Tensor) -> int:
 
 
 @contextmanager
-def accumulate(model: PreTrainedModel, members: list[tuple[str, ...]], stride: int) -> Iterator[list[GroupStats]]:
+def accumulate(
+    model: PreTrainedModel,
+    members: list[tuple[str, ...]],
+    stride: int,
+    kept: Callable[..., Tensor] = torch.zeros,
+) -> Iterator[list[GroupStats]]:
     """While open, every forward pass of `model` adds Σ x xᵀ of the first member of each group to its `C`.
+
+    kept: makes the zeros that hold them on a CPU, from shape and dtype.
 
     Every `stride`-th token that a group sees joins its sample, until that is full.
     """
@@ -205,7 +221,8 @@ def accumulate(model: PreTrainedModel, members: list[tuple[str, ...]], stride: i
         _, n = shape(first)
         dtype = torch.promote_types(first.weight.dtype, torch.float32)
         device = first.weight.device
-        C, sample = torch.zeros(n, n, dtype=dtype, device=device), torch.empty(0, n, dtype=torch.bfloat16)
+        C = torch.zeros(n, n, dtype=dtype, device=device) if device.type != "cpu" else kept((n, n), dtype=dtype)
+        sample = torch.empty(0, n, dtype=torch.bfloat16)
         group = GroupStats(names, C, 0, sample.to(device))
         groups.append(group)
 
