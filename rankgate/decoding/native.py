@@ -181,7 +181,7 @@ class Native(Rows):
         """Value = x W + bias; W (n × m) with contiguous rows or columns."""
         n, m = W.shape
         tensors = [value, *(self.values[t] for t in (x, bias) if t is not None)]
-        if tensors[1].numel() != n or W.dtype not in KINDS or 1 not in W.stride() or value.dtype not in KINDS:
+        if W.dtype not in KINDS or 1 not in W.stride() or value.dtype not in KINDS:
             return False
         if not value.is_contiguous() or len({t.dtype for t in tensors}) > 1:
             return False
@@ -190,6 +190,7 @@ class Native(Rows):
         stride = W.element_size() * W.stride(0 if across else 1)
         given = [0 if t is None else self._contiguous(t).data_ptr() for t in (x, bias)]
         words = [KINDS[W.dtype], m, n, stride, share, W.data_ptr(), *given, value.data_ptr(), KINDS[value.dtype]]
+        words.append(tensors[1].numel() // n)
         chunks = -(-m // share)
         if across:
             self._row(dense.transposed, words, chunks)

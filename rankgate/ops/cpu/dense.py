@@ -1,9 +1,10 @@
-"""Products of a matrix and a vector whose elements are stored in 16 or 32 bits, one token at a time.
+"""Products of a matrix and one token or some, whose elements are stored in 16 or 32 bits.
 
     rows      y_r = Σ_j W_rj x_j (+ b_r)     rows of W are contiguous: a linear layer, or scores q · k
     columns   y_c = Σ_j x_j W_jc (+ b_c)     the same: a transposed layer, or the values that attention adds up
 
-Accumulation is in float32; x and y are float32.
+Accumulation is in float32; x and y are float32. Several tokens take turns with as many rows as the nearest cache holds:
+those come from memory once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rankgate.ops.cpu.vector import prefetch, read_int64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)  # how an element is stored
 LANES, ROWS, COLUMNS = 16, 4, 64  # of a vector; rows and columns at once
 AHEAD = 6144  # bytes: see `vnni`
+TILE = 16 << 10  # bytes of rows that several tokens are multiplied by in turn
 LONG, WORD, SHORT, FLOAT, HALF = *(ir.IntType(bits) for bits in (64, 32, 16)), ir.FloatType(), ir.HalfType()
 
 
@@ -168,23 +170,28 @@ def _product(arguments: int, chunk: int, across: bool) -> None:
     kind, m, n = read_int64(arguments, 0), read_int64(arguments, 8), read_int64(arguments, 16)
     stride, share, matrix = read_int64(arguments, 24), read_int64(arguments, 32), read_int64(arguments, 40)
     x, bias = read_int64(arguments, 48), read_int64(arguments, 56)
-    y, stored = read_int64(arguments, 64), read_int64(arguments, 72)
+    y, stored, tokens = read_int64(arguments, 64), read_int64(arguments, 72), read_int64(arguments, 80)
     start, stop = chunk * share, min(chunk * share + share, m)
-    buffer = np.empty(n + 2 * share, np.float32)
-    given, found, added = buffer[:n], buffer[n : n + share], buffer[n + share :]
-    size, count = 4 if stored == FLOAT32 else 2, stop - start
-    elements(stored, x, 1, given, n)
-    if across:
-        matrix += (4 if kind == FLOAT32 else 2) * start
-        combine_rows(kind, matrix, stride, address_of(given), n, count, address_of(found))
-    else:
-        dot_rows(kind, matrix + start * stride, stride, address_of(given), n, count, address_of(found))
+    given, found, added = np.empty(tokens * n, np.float32), np.empty(share, np.float32), np.zeros(share, np.float32)
+    size = 4 if stored == FLOAT32 else 2
+    elements(stored, x, 1, given, tokens * n)
     if bias:
-        elements(stored, bias + size * start, 1, added, count)
-        for r in range(count):
-            found[r] += added[r]
-    rounded(stored, found, count)
-    store(stored, y + size * start, 1, found, count)
+        elements(stored, bias + size * start, 1, added, stop - start)
+    piece = share if across or tokens == 1 else max(TILE // stride // ROWS, 1) * ROWS
+    for first in range(start, stop, piece):
+        count = min(piece, stop - first)
+        for t in range(tokens):
+            x_t = address_of(given) + 4 * n * t
+            if across:
+                columns = matrix + (4 if kind == FLOAT32 else 2) * first
+                combine_rows(kind, columns, stride, x_t, n, count, address_of(found))
+            else:
+                dot_rows(kind, matrix + first * stride, stride, x_t, n, count, address_of(found))
+            if bias:
+                for r in range(count):
+                    found[r] += added[first - start + r]
+            rounded(stored, found, count)
+            store(stored, y + size * (t * m + first), 1, found, count)
     keep(given)
     keep(found)
 
@@ -193,8 +200,8 @@ def _product(arguments: int, chunk: int, across: bool) -> None:
 def linear(arguments: int, chunk: int) -> None:
     """A chunk of W x + b.
 
-    Arguments: how W is stored, how many y and x there are, bytes between rows of W, how many y a chunk has; addresses
-    of W, x, b or 0, y; how all but W are stored.
+    Arguments: how W is stored, how many y and x a token has, bytes between rows of W, how many y a chunk has; addresses
+    of W, x, b or 0, y; how all but W are stored; tokens.
     """
     _product(arguments, chunk, False)
 
