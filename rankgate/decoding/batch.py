@@ -2,8 +2,9 @@
 
 Every text is written by a thread of its own, in the loop that it would have alone (`loop`), with its own policy. What
 they share is the step: a `Text` is `Steps` whose `begin` only says which token comes next. Who is the last to wait for
-logits makes the step for all, and everybody finds those of his row. So a batch has no queue and no plan: a text takes
-part from its second token on, and its row is free when it ends. Its prompt is read while the others wait.
+logits makes the step for all, and one after the other goes on with those of his row: together they would only wait for
+Python. So a batch has no plan: a text takes part from its second token on, and its row is free when it ends. Its prompt
+is read while the others wait.
 
 There are captures for 1, 2, 4, ... sequences. The cache moves to larger ones when a text needs the place or the length,
 and to smaller ones when three quarters of the rows are empty.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +26,6 @@ from rankgate.decoding.begun import Begun, Step
 from rankgate.decoding.capture import Capture
 from rankgate.decoding.steps import CAPACITY, Steps
 from rankgate.errors import RankgateError
-from rankgate.ops.cpu import team
 
 
 class Batch:
@@ -33,7 +34,8 @@ class Batch:
     def __init__(self, most: int) -> None:
         self.most = most
         self.lock = threading.Condition()
-        self.turn = threading.Lock()  # of the text that works on its logits: together they would only wait for Python
+        self.ready: deque[Text] = deque()  # their logits are there, and they wait for their turn
+        self.working: Text | None = None  # whose turn it is
         self.rows: list[Text | None] = []
         self.buffers: list[Tensor] = []  # keys and values, alternating: (rows, heads, capacity, width)
         self.capacity = 0
@@ -69,23 +71,27 @@ class Batch:
         self._end_turn(text)
         with self.lock:
             text.waits = True
+            queued = text.asks  # or else its step was begun when it was alone
             self._step_if_all_wait()
-            while text.asks:
-                self.lock.wait()
+        if queued:
+            text.turn.acquire()
+        with self.lock:
             text.waits = False
             if text.failure is not None:
                 raise RankgateError(f"the step failed: {text.failure}") from text.failure
             self._finish()
             assert self.logits is not None
-            logits = self.logits[text.row : text.row + 1]
-        self.turn.acquire()
-        text.has_turn = True
-        return logits
+            return self.logits[text.row : text.row + 1]
 
     def _end_turn(self, text: Text) -> None:
-        if text.has_turn:
-            text.has_turn = False
-            self.turn.release()
+        with self.lock:
+            if self.working is text:
+                self._pass_on()
+
+    def _pass_on(self) -> None:
+        self.working = self.ready.popleft() if self.ready else None
+        if self.working is not None:
+            self.working.turn.release()
 
     def leave(self, text: Text) -> None:
         """A text ends; the others go on."""
@@ -114,10 +120,12 @@ class Batch:
 
     def _step_if_all_wait(self) -> None:
         """Not before: threads that work on what came before would take processors from the step's."""
-        if all(text.asks and text.waits for text in self.texts):
+        texts = self.texts
+        if all(text.asks and text.waits for text in texts):
             self._begin_step()
             self._finish()
-            self.lock.notify_all()
+            self.ready.extend(texts)
+            self._pass_on()
 
     def _begin_step(self) -> None:
         texts = self.texts
@@ -126,8 +134,6 @@ class Batch:
             self._make_room()
             tokens = [torch.zeros_like(texts[0].token) if text is None else text.token for text in self.rows]
             at = [[0 if text is None else text.length - 1] for text in self.rows]
-            if not tokens[0].is_cuda:
-                torch.set_num_threads(1)  # torch's threads, which wait by spinning, would share the cores with ours
             assert self.step is not None
             self.begun = self.step(torch.cat(tokens), torch.tensor(at, device=tokens[0].device))
         except Exception as error:
@@ -180,18 +186,28 @@ class Text(Steps):
         self.batch, self.kwargs = batch, kwargs
         self.token = input_ids[:, :1]
         self.asks = self.waits = False  # for a step
-        self.has_turn = False
+        self.turn = threading.Semaphore(0)
         self.failure: Exception | None = None
         self.row = -1
         self.buffers: list[Tensor] = []  # keys and values, alternating: (heads, capacity, width)
 
     def prompt(self) -> Tensor:
-        with self.batch.alone():
-            if not self.token.is_cuda:
-                torch.set_num_threads(team.size())
+        with self.batch.alone(), self._all_threads():
             logits = super().prompt()
             self.buffers = [buffer[0] for buffer in self._reserved(self.length)]
             return logits
+
+    @contextlib.contextmanager
+    def _all_threads(self) -> Iterator[None]:
+        """Let torch have them while this lasts, and then, in this thread, one: its others wait by spinning."""
+        if self.token.is_cuda:
+            yield
+            return
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
 
     def begin(self, token: Tensor) -> Begun:
         if self.row < 0:
@@ -204,7 +220,7 @@ class Text(Steps):
 
     def _next_alone(self, token: Tensor) -> Tensor:
         """By the model's own forward, where a step cannot be captured."""
-        with self.batch.alone():
+        with self.batch.alone(), self._all_threads():
             return self.next(token)
 
     def capture(self, sequences: int) -> Capture | None:
@@ -219,9 +235,10 @@ class Text(Steps):
             kwargs = {**self.kwargs, "past_key_values": cache, "attention_mask": torch.ones_like(ids)}
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = torch.arange(2, device=ids.device).expand_as(ids)
-            trial = Steps(self.model, ids, kwargs)
-            trial.prompt()
-            trial.next(ids[:, :1])
+            with self._all_threads():
+                trial = Steps(self.model, ids, kwargs)
+                trial.prompt()
+                trial.next(ids[:, :1])
             known = self._known()
         found = known.get(shape)
         if found is not None:

@@ -1,5 +1,6 @@
 """A step as programs: every operation that has a kernel, against torch, and what is left to torch."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import tokens
@@ -9,6 +10,8 @@ from torch.nn import functional as F
 
 from rankgate.decoding import native
 from rankgate.decoding.native import Native
+from rankgate.ops.cpu import dense, team
+from rankgate.ops.cpu.attention import KINDS
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 pytestmark = pytest.mark.filterwarnings("ignore:.*without the fast path")
@@ -149,3 +152,22 @@ def test_steps_of_several_sequences_may_run_at_once():
     torch.testing.assert_close(a.result(), 3 * x @ x.T, rtol=1e-4, atol=1e-3)
     a.cancel()
     torch.testing.assert_close(first(inputs[0], torch.tensor([[1]])).result(), x @ x.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("across", [False, True])
+def test_dense_products_of_several_tokens(dtype, bias, across):
+    """Against float64, more rows than one piece has, and more tokens than one."""
+    torch.manual_seed(0)
+    tokens, n, m = 5, 70, 333
+    x, W, b = (torch.randn(shape).to(dtype) for shape in ((tokens, n), (n, m) if across else (m, n), (m,)))
+    y = torch.empty(tokens, m, dtype=dtype)
+    share = team.chunk_rows(m, n * W.element_size(), dense.COLUMNS if across else dense.ROWS)
+    kind, place = KINDS[dtype], b.data_ptr() if bias else 0
+    words = [kind, m, n, W.stride(0) * W.element_size(), share, W.data_ptr(), x.data_ptr(), place, y.data_ptr(), kind]
+    arguments = np.array([*words, tokens], np.int64)
+    kernel = dense.transposed if across else dense.linear
+    team.run(team.program([team.row(kernel, arguments, -(-m // share))]))
+    exact = x.double() @ (W if across else W.T).double() + (b.double() if bias else 0)
+    assert ((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * (exact.abs() + n**0.5)).all()
