@@ -103,6 +103,10 @@ class RankgateQuantizer(HfQuantizer):
         tp_size = sizes.pop("tp")
         if max(sizes.values()) > 1 or isinstance(wanted.tp_plan, dict):
             raise RankgateError("converted weights know tensor parallelism alone, by their own plan; give tp_size only")
+        if tp_size > 1 and self.quantization_config.experts:
+            raise RankgateError(
+                "experts that are converted cannot be shared by processes; open the model on one device"
+            )
         if tp_size > 1 and not hasattr(HfQuantizer, "update_parallel_plan"):
             raise RankgateError("this version of transformers cannot share converted weights; install 5.23 or later")
         return int(tp_size)

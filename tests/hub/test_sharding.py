@@ -13,9 +13,10 @@ from conftest import VOCAB, calibrated, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from rankgate import RankgateError, convert_
+from rankgate import RankgateConfig, RankgateError, convert_
 from rankgate.core import GatedGroup, GroupedLinear, Subspace
 from rankgate.decoding.loop import fast_generate
+from rankgate.hub.quantizer import RankgateQuantizer
 from rankgate.hub.sharding import Share, SummedLinear, shard_, take_styles
 from rankgate.methods import GSIConfig, Int8Config, LRQConfig, SVDConfig
 
@@ -132,6 +133,13 @@ def test_a_rule_for_converted_and_dense_layers_is_refused():
     assert plan == {"norm": "replicated"}
     with pytest.raises(RankgateError, match="dense"):
         take_styles(["layers.0.up_proj"], ["layers.1.up_proj"], {"layers.*.up_proj": "colwise"})
+
+
+def test_experts_are_refused():
+    config = RankgateConfig("int8", modules=[], experts=["model.layers.0.mlp.experts"])
+    wanted = SimpleNamespace(config=SimpleNamespace(distributed_config=DistributedConfig(tp_size=2)))
+    with pytest.raises(RankgateError, match="experts that are converted"):
+        RankgateQuantizer(config, pre_quantized=True)._tp_size(wanted)
 
 
 def test_gradients_are_refused():
