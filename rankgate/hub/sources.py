@@ -25,6 +25,7 @@ from rankgate.errors import RankgateError, listed
 from rankgate.hub import remote
 
 DEFAULT = "smollm2-135m"
+LARGEST = 512 << 20  # bytes of a GGUF file of which a float32 copy, up to eight times as large, is kept
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,11 @@ def resolve(name: str) -> Source:
     if path.is_file() and path.suffix.lower() == ".gguf":
         if re.search(r"-\d+-of-\d+$", path.stem):
             raise RankgateError(f"{name} is one part of several; merge them first (llama-gguf-split --merge)")
-        return Source(str(path.absolute()), str(path.absolute().parent), path.name)
+        unpacked = _place_of(path.absolute())
+        if unpacked.is_dir():
+            return Source(str(path.absolute()), str(unpacked))
+        kept = str(unpacked) if path.stat().st_size <= LARGEST else None
+        return Source(str(path.absolute()), str(path.absolute().parent), path.name, kept)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise RankgateError(f"{name} is not a model directory: it has no config.json")
@@ -111,6 +116,13 @@ def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     return model.eval(), tokenizer
+
+
+def _place_of(gguf: Path) -> Path:
+    """Where the copy of a file as it is now would be kept."""
+    state = gguf.stat()
+    key = hashlib.sha256(f"{gguf} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
+    return cache_dir() / "gguf" / f"{gguf.stem}-{key[:16]}"
 
 
 def cache_dir() -> Path:

@@ -4,6 +4,7 @@ import subprocess
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,20 @@ def test_weights_that_are_missing_are_named(lost, model_dir, tmp_path):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RankgateError, match=f"would be random: {lost}"):
         load(resolve(str(broken)))
+
+
+def test_a_copy_of_a_gguf_file_is_that_of_the_file_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKGATE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    first = resolve(str(file))
+    assert first.gguf == "model.gguf" and first.unpacked.startswith(str(tmp_path / "cache"))
+    Path(first.unpacked).mkdir(parents=True)
+    assert resolve(str(file)) == Source(str(file), first.unpacked)
+    file.write_bytes(b"GGUF of another size")
+    assert resolve(str(file)).unpacked not in {None, first.unpacked}
+    monkeypatch.setattr(sources, "LARGEST", 4)
+    assert resolve(str(file)).unpacked is None
 
 
 def test_names_of_gguf_files(tmp_path):
