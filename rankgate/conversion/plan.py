@@ -226,6 +226,7 @@ class Planner:
             raise RankgateError("a plan needs output sensitivities; calibrate anew with sensitivity=True")
         stats.check(model)
         self.model = model = unstacked(model)
+        self.linears = linears(model)
         self.windows, self.lm_head, self.progress = windows, lm_head, progress
         self.settings = settings
         self.groups = {group.members[0]: group.to(model.device) for group in stats.groups}
@@ -315,7 +316,7 @@ class Planner:
         """Dense first, then every setting that is faster, by the first member of the group."""
         first = self.windows[:1, :SENSITIVITY_TOKENS]
         reference = log_probabilities(self.model, first)
-        options, read_shares, modules = {}, shares(self.model), linears(self.model)
+        options, read_shares = {}, shares(self.model)
         for name, stats in track(list(self.groups.items()), "sensitivity of groups", enabled=self.progress):
             layers = self._layers(name)
             with replaced(self.model, self._modules(name, REFERENCE)):
@@ -325,7 +326,7 @@ class Planner:
             factor = max(kl, 0.0) / losses[REFERENCE]
             m, n = sum(layer.m for layer in layers), layers[0].n
             seconds = self.timer.dense(tuple(layer.m for layer in layers), n)
-            share = read_shares.get(modules[name], 1.0)
+            share = read_shares.get(self.linears[name], 1.0)
             options[name] = [Option(None, 0.0, share * seconds, share * m * n * self.model.dtype.itemsize)]
             for setting in self.settings:
                 faster, read = self.timer.quantized(m, n, setting)
@@ -334,8 +335,7 @@ class Planner:
         return options
 
     def _layers(self, name: str) -> list[Linear]:
-        modules = linears(self.model)
-        return [read_linear(member, modules[member]) for member in self.groups[name].members]
+        return [read_linear(member, self.linears[member]) for member in self.groups[name].members]
 
     def _modules(self, name: str, setting: Setting) -> dict[str, nn.Module]:
         """The group's members, quantised as `setting` says; built once."""

@@ -225,7 +225,7 @@ def unsupported(
     given = {name for name, value in kwargs.items() if value is not None}
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     reasons = {
-        **({} if known else _unsupported_model(model)),
+        **({} if known else _unsupported_model(model, config)),
         "an input elsewhere": input_ids.device != model.device,
         "too many sequences": input_ids.shape[0] > SEQUENCES,
         "padding that is not on the left": mask is not None and not _fills_left(mask, input_ids),
@@ -239,7 +239,6 @@ def unsupported(
         or not kwargs.get("use_cache"),
         "arguments of its own": not given
         <= {"past_key_values", "position_ids", "use_cache", "logits_to_keep", "attention_mask"},
-        "positions that are scaled anew within the text": (config.max_length or math.inf) > scaled_from(model),
         "positions of its own": positions is not None
         and not _counts(positions, torch.ones_like(input_ids) if mask is None else mask),
         "a step that could not be captured before": not known and failed(model, len(input_ids)),
@@ -247,7 +246,7 @@ def unsupported(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _unsupported_model(model: PreTrainedModel) -> dict[str, bool]:
+def _unsupported_model(model: PreTrainedModel, config: GenerationConfig) -> dict[str, bool]:
     own: Any = type(model)
     device, update = model.device, "_update_model_kwargs_for_generation"
     return {
@@ -258,6 +257,7 @@ def _unsupported_model(model: PreTrainedModel) -> dict[str, bool]:
         "hooks on its modules": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
         "its own preparation of arguments": getattr(own, update) is not getattr(GenerationMixin, update)
         or not _prepares_as_usual(model),
+        "positions that are scaled anew within the text": (config.max_length or math.inf) > scaled_from(model),
     }
 
 

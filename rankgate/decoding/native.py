@@ -232,9 +232,9 @@ class Native(Rows):
         addresses, numbers = self.values[tables], self.values[chosen]
         if self.values[x].dtype not in KINDS or not numbers.is_contiguous():
             return False
-        wide, found = self._wide(x), self._accumulator(node, value)
+        wide, found, every = self._wide(x), self._accumulator(node, value), addresses.tolist()
         for row in range(len(wide)):
-            product = quantized.Product(*addresses.tolist(), memory=lambda size: self._scratch(size, node))
+            product = quantized.Product(*every, memory=lambda size: self._scratch(size, node))
             product.arguments[[quantized.X, quantized.Y]] = wide[row].data_ptr(), found[row].data_ptr()
             place = product.arguments[quantized.TABLE :].ctypes.data
             self._row(quantized.choose, [addresses.data_ptr(), numbers[row:].data_ptr(), place])
