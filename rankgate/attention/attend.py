@@ -2,8 +2,9 @@
 
     paper      Queries, keys and values of representatives only; a represented token takes the output of the one that
                stands for it. (Activation Decorrelation Attention)
-    windowed   Every query, on the last `window` tokens, the first `sinks`, and the representatives before them. The
-               logit of a representative gets + log(1 + c), where c tokens that the query does not see are its own.
+    windowed   Every query, on the last tokens (`window` of them before its own step of 64, see `strands`), the first
+               `sinks`, and the representatives before them. The logit of a representative gets + log(1 + c), where c
+               tokens that the query does not see are its own.
 
 `select_tokens_` switches a model to one of them through transformers' attention registry. Representatives are those of
 the states at a layer's input, for all its heads, or with `heads` those of each head's own keys, with a window and a

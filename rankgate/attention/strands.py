@@ -1,5 +1,8 @@
 """The keys of one sequence that some heads still hold: reading them, adding to them, letting go of them.
 
+A window moves STEP tokens at a time: query t sees the tokens of its own step before it, and `window` more. So what a
+head holds only changes from step to step, and kernels read whole blocks.
+
 A block of queries comes, reads what it may, and then the represented tokens that no later query may see are dropped for
 good. So a prompt is read in blocks, and decoding is a block of one token.
 """
@@ -15,12 +18,13 @@ from torch.nn import functional as F
 from rankgate.attention.select import Selection, extend, unit
 
 BLOCK = 256  # queries that read together
+STEP = 64  # tokens after which windows move
 ALWAYS = 1 << 40  # tokens: a window that is never left
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What some heads read: the last `window` tokens (None: all), and representatives at `tau` (None: none)."""
+    """What some heads read: `window` tokens before their own step (None: all), and representatives at `tau` (None: none)."""
 
     window: int | None
     tau: float | None
@@ -48,6 +52,10 @@ class Strand:
     @property
     def window(self) -> int:
         return ALWAYS if self.own.window is None else self.own.window
+
+    def horizon(self, t: Tensor) -> Tensor:
+        """The first token that queries at positions t see in their windows."""
+        return t // STEP * STEP - self.window
 
     def queries(self, per_key: int) -> slice:
         """The query heads that read it, `per_key` for each of its key heads."""
@@ -103,7 +111,7 @@ class Strand:
     def _step(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, rows: Tensor, scale: float) -> Tensor:
         self._add(k, v, x, rows)
         y = self._read(q, rows[0], scale)
-        self._drop(int(rows[0, -1]))
+        self._drop(rows[0, -1])
         return y
 
     def _add(self, k: Tensor, v: Tensor, x: Tensor | None, rows: Tensor) -> None:
@@ -121,21 +129,21 @@ class Strand:
             self.read += heads * len(position)
             mask = None if self.own.tau is None else torch.log1p(count)[None].to(q.dtype)
             return attention(q, self.keys, self.values, mask, scale)
-        age = t[:, None] - position
-        near = (age >= 0) & ((age < self.window) | (position < self.sinks) | chosen.bool())
+        before = position < self.horizon(t)[:, None]
+        near = (position <= t[:, None]) & (~before | (position < self.sinks) | chosen.bool())
         self.read += near.sum() * heads
         mask = torch.zeros(near.shape, dtype=q.dtype, device=q.device)
         if self.own.tau is not None:
             waiting = ((chosen == 0) & (position >= self.sinks)).nonzero()[:, 0]  # still here, but not for all queries
             mine = (owner[waiting, None] == position).to(torch.float32)
-            unseen = (age[:, waiting] >= self.window).to(torch.float32)
+            unseen = before[:, waiting].to(torch.float32)
             mask += torch.log1p(count + unseen @ mine).to(q.dtype)
         return attention(q, self.keys, self.values, mask.masked_fill_(~near, -torch.inf), scale)
 
-    def _drop(self, last: int) -> None:
+    def _drop(self, last: Tensor) -> None:
         """Let go of represented tokens that no query after `last` may see."""
         position, chosen, owner, count = self.table
-        keep = (chosen == 1) | (position > last + 1 - self.window) | (position < self.sinks)
+        keep = (chosen == 1) | (position >= self.horizon(last + 1)) | (position < self.sinks)
         if keep.all():
             return
         if self.own.tau is not None:

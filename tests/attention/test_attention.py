@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rankgate.attention import select as module
+from rankgate.attention import strands
 from rankgate.attention.attend import AttentionConfig, select_tokens_
 from rankgate.attention.cache import SelectiveCache
 from rankgate.attention.heads import try_heads
@@ -23,6 +24,11 @@ from rankgate.methods import LRQConfig
 
 MODELS = ("llama", "qwen2", "gpt2", "opt")
 PAPER, WINDOWED = AttentionConfig("paper", 0.9), AttentionConfig("windowed", 0.9, window=5, sinks=2)
+
+
+@pytest.fixture(autouse=True)
+def windows_move_often(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(strands, "STEP", 4)
 
 
 def states(count: int = 70, width: int = 6, seed: int = 0) -> Tensor:
@@ -128,7 +134,7 @@ def windowed_by_definition(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, owne
     """One query after the other, of one head."""
     out = []
     for t in range(len(q)):
-        near = [s for s in range(t + 1) if s > t - window or s < sinks or chosen[s]]
+        near = [s for s in range(t + 1) if s >= t // 4 * 4 - window or s < sinks or chosen[s]]
         own = [1 + sum(int(owner[u]) == s and u not in near for u in range(t + 1)) if chosen[s] else 1 for s in near]
         logits = k[near] @ q[t] / math.sqrt(q.shape[1]) + torch.tensor(own).log()
         out.append(logits.softmax(0) @ v[near])
@@ -137,8 +143,6 @@ def windowed_by_definition(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, owne
 
 @pytest.mark.parametrize("block", [1, 7, 256])
 def test_windowed_attention_is_its_definition(block: int, monkeypatch: pytest.MonkeyPatch):
-    from rankgate.attention import strands
-
     monkeypatch.setattr(strands, "BLOCK", block)
     q, k, v = (torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     found = select(unit(k[0]), 0.7)
@@ -151,8 +155,6 @@ def test_windowed_attention_is_its_definition(block: int, monkeypatch: pytest.Mo
 
 
 def test_the_paper_rule_is_its_definition():
-    from rankgate.attention import strands
-
     q, k, v, x = (torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(i)) for i in range(4))
     found = select(unit(x[0]), 0.8)
     r = found.chosen.nonzero()[:, 0]
@@ -264,9 +266,9 @@ def test_heads_are_chosen_by_what_they_cost():
     model, windows = tiny_model("llama"), tokens(2, 100)
     costs = try_heads(model, windows)
     assert costs.plan(1.0).loss == pytest.approx(0, abs=1e-9)
-    plans = [costs.plan(share) for share in (0.95, 0.9)]
+    plans = [costs.plan(share) for share in (0.96, 0.92)]
     assert 0 < plans[0].loss < plans[1].loss
-    assert all(plan.share <= share for plan, share in zip(plans, (0.95, 0.9), strict=True))
+    assert all(plan.share <= share for plan, share in zip(plans, (0.96, 0.92), strict=True))
     with torch.no_grad(), select_tokens_(model, AttentionConfig(heads=plans[1].heads)) as selection:
         for window in windows:
             model(window[None])
