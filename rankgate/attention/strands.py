@@ -24,7 +24,7 @@ ALWAYS = 1 << 40  # tokens: a window that is never left
 
 @dataclass(frozen=True)
 class Heads:
-    """What some heads read: `window` tokens before their own step (None: all), and representatives at `tau` (None: none)."""
+    """What heads read: `window` tokens before a query's step (None: all), representatives at `tau` (None: none)."""
 
     window: int | None
     tau: float | None
