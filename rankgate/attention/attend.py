@@ -35,6 +35,7 @@ from rankgate.attention.registry import plain_mask, refuse_beyond_plain
 from rankgate.attention.select import Rule, Selection, cascade, inherit, select, unit
 from rankgate.attention.strands import Heads, PaperStrand, Strand
 from rankgate.errors import RankgateError
+from rankgate.ops.gpu import has_triton
 
 NAME = "rankgate_tokens"  # in transformers' registry
 _active: weakref.WeakKeyDictionary[nn.Module, TokenSelection] = weakref.WeakKeyDictionary()  # by module of a layer
@@ -161,22 +162,34 @@ class TokenSelection:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """(batch, tokens, heads, width of v) from q (batch, heads, tokens, width), and k, v of perhaps fewer heads."""
         out = q.new_zeros(len(q), q.shape[2], q.shape[1], v.shape[-1])
-        per_key = q.shape[1] // k.shape[1]
         for b in range(len(q)):
-            present = self._present[b].to(q.device).nonzero()[:, 0]
-            strands = self._strands[layer][b]
-            selection = None
-            if not strands:
-                strands.extend(self._new_strands(layer, k.shape[1]))
-                selection = self.selections[layer][b] if self.selections else None
+            mask = self._present[b].to(q.device)
+            whole = bool(mask.all())
+            row = [x[b] if whole else x[b][:, mask] for x in (q, k, v)]
+            y = self._attend_row(layer, b, row, None if self.config.heads else self._states[b, mask], scale)
+            out[b] = y if whole else out[b].index_put((mask,), y)
+        return out
+
+    def _attend_row(self, layer: int, b: int, row: list[Tensor], states: Tensor | None, scale: float) -> Tensor:
+        """(tokens, heads, width of v) of one sequence, without what fills it up."""
+        q, k, v = row
+        strands, selection = self._strands[layer][b], None
+        begins = not strands
+        if begins:
+            strands.extend(self._new_strands(layer, len(k)))
+            selection = self.selections[layer][b] if self.selections else None
+        if begins and has_triton(q.device) and not torch.is_grad_enabled() and q.shape[1] > 1:
+            from rankgate.attention.prompt import attend_prompt
+
+            out = attend_prompt(strands, q, k, v, states, selection, scale)
+        else:
+            out = q.new_empty(q.shape[1], len(q), v.shape[-1])
             for strand in strands:
-                keys, queries = strand.heads, strand.queries(per_key)
-                states = self._states[b, present] if self.config.heads is None else None
-                mine = q[b, queries][:, present], k[b, keys][:, present], v[b, keys][:, present]
-                y = strand.attend(*mine, states, selection, scale)
-                out[b, present, queries] = y.transpose(0, 1)
-                self.read = self.read.to(q.device) + strand.read
-                self.pairs += strand.pairs
+                queries = strand.queries(len(q) // len(k))
+                parts = q[queries], k[strand.heads], v[strand.heads]
+                out[:, queries] = strand.attend(*parts, states, selection, scale).transpose(0, 1)
+        self.read = self.read.to(q.device) + sum(strand.read for strand in strands)
+        self.pairs += sum(strand.pairs for strand in strands)
         return out
 
     def _new_strands(self, layer: int, heads: int) -> Iterator[Strand]:

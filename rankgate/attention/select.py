@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankgate.ops.gpu import has_triton
+
 Rule = Literal["earlier", "greedy"]
 BLOCK = 128  # tokens compared together; a block is compared with itself in both directions
 
@@ -57,17 +59,31 @@ class Selection:
 
 
 def unit(states: Tensor, centred: bool = False) -> Tensor:
-    """States (…, d) at length 1, float32; `centred` takes the mean over d from each first: cosines are correlations."""
-    states = states.float()
+    """States (…, d) at length 1, in their dtype; `centred` takes the mean over d first: cosines are correlations."""
+    wide = states.float()
     if centred:
-        states = states - states.mean(-1, keepdim=True)
-    return F.normalize(states, dim=-1)
+        wide = wide - wide.mean(-1, keepdim=True)
+    return F.normalize(wide, dim=-1).to(states.dtype)
 
 
 def select(x: Tensor, tau: float, rule: Rule = "greedy") -> Selection:
     """The representatives among unit states x (T × d)."""
     chosen, dots = (_greedy if rule == "greedy" else _earlier)(x, tau)
     return owned(x, chosen, dots)
+
+
+def select_each(x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each of several texts of unit states x (texts × T × d), at a τ of its own (texts), on a GPU.
+
+    Which tokens are greedy representatives, and the representative of every token; both (texts × T).
+    """
+    from rankgate.ops.gpu.select import TILE, greedy, nearest
+
+    chosen, found = greedy(x, 1 - tau.square())
+    every, before = torch.arange(x.shape[1], device=x.device), chosen.cumsum(1, dtype=torch.int32)
+    ends = torch.cat([before[:, TILE - 1 :: TILE], before[:, -1:]], 1)[:, : -(-x.shape[1] // TILE)].contiguous()
+    owner = nearest(x, every, found, ends)[1]
+    return chosen, torch.where(chosen, every, owner)
 
 
 def cascade(x: Tensor, tau: float, before: Selection, rule: Rule = "greedy") -> Selection:
@@ -98,6 +114,7 @@ def extend(x: Tensor, tau: float, before: Tensor) -> tuple[Tensor, Tensor]:
     Also the representative of each (n): an index into those before and x, one after the other.
     """
     new = torch.arange(len(x), device=x.device) + len(before)
+    before, x = before.float(), x.float()
     both = torch.cat([before, x])
     chosen = _independent(_near(x, x, tau).tril_(-1), ~_near(x, before, tau).any(1))
     known = torch.arange(len(before), device=x.device)
@@ -127,6 +144,9 @@ def _nearest(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, 
 
     rows, columns: ascending positions in x.
     """
+    if has_triton(x.device):
+        return _nearest_by_kernel(x, rows, columns)
+    x = x.float()
     likeness, owner, dots = [x.new_empty(0)], [rows.new_empty(0)], 0
     for start in range(0, len(rows), BLOCK):
         part = rows[start : start + BLOCK]
@@ -143,6 +163,17 @@ def _nearest(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, 
     return torch.cat(likeness), torch.cat(owner), dots
 
 
+def _nearest_by_kernel(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, int]:
+    from rankgate.ops.gpu.select import TILE, nearest
+
+    before = torch.searchsorted(columns, rows)
+    if not len(rows) or not len(columns):
+        return x.new_full((len(rows),), -1, dtype=torch.float32), rows, 0
+    ends = torch.cat([before[TILE - 1 :: TILE], before[-1:]])[: -(-len(rows) // TILE)].to(torch.int32)
+    likeness, owner = nearest(x[None], rows, columns.to(torch.int32)[None], ends[None])
+    return likeness[0], torch.where(likeness[0] > -1, owner[0].long(), rows), int(before.sum())
+
+
 def _earlier(x: Tensor, tau: float) -> tuple[Tensor, int]:
     every = torch.arange(len(x), device=x.device)
     likeness, _, dots = _nearest(x, every, every)
@@ -150,13 +181,24 @@ def _earlier(x: Tensor, tau: float) -> tuple[Tensor, int]:
 
 
 def _greedy(x: Tensor, tau: float) -> tuple[Tensor, int]:
-    chosen, dots = torch.zeros(len(x), dtype=torch.bool, device=x.device), 0
+    if has_triton(x.device):
+        from rankgate.ops.gpu.select import greedy
+
+        chosen = greedy(x[None], x.new_tensor([1 - tau**2], dtype=torch.float32))[0][0]
+        return chosen, _dots(chosen)
+    x, chosen = x.float(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for start in range(0, len(x), BLOCK):
         block, before = x[start : start + BLOCK], x[:start][chosen[:start]]
         free = ~_near(block, before, tau).any(1)
         chosen[start : start + BLOCK] = _independent(_near(block, block, tau).tril_(-1), free)
-        dots += len(block) * (len(before) + len(block))
-    return chosen, dots
+    return chosen, _dots(chosen)
+
+
+def _dots(chosen: Tensor) -> int:
+    """Cosines of a greedy choice: of every block with the representatives before it, and with itself."""
+    blocks = F.pad(chosen, (0, -len(chosen) % BLOCK)).view(-1, BLOCK).sum(1)
+    sizes = (len(chosen) - BLOCK * torch.arange(len(blocks), device=chosen.device)).clamp_max(BLOCK)
+    return int((sizes * (blocks.cumsum(0) - blocks + sizes)).sum())
 
 
 def _near(x: Tensor, y: Tensor, tau: float) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from rankgate.attention.select import Selection, extend, unit
 
 BLOCK = 256  # queries that read together
-STEP = 64  # tokens after which windows move
+STEP = 128  # tokens after which windows move
 ALWAYS = 1 << 40  # tokens: a window that is never left
 
 
@@ -170,9 +170,9 @@ class PaperStrand(Strand):
         return self.outputs[torch.searchsorted(self.table[0], rows[2])].transpose(0, 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, causal: bool = False) -> Tensor:
     """(heads × n × width) from q (the same), k and v (key heads × L × width) and an added mask (n × L)."""
     y = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=len(q) > len(k)
+        q[None], k[None], v[None], attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=len(q) > len(k)
     )
     return y[0]

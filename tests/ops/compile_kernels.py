@@ -22,7 +22,9 @@ from rankgate.ops.gpu import launch as launch_gpu
 from rankgate.ops.gpu import quantized as quantized_gpu
 from rankgate.ops.gpu import refined as refined_gpu
 from rankgate.ops.gpu import rounding as rounding_gpu
+from rankgate.ops.gpu import select as select_gpu
 from rankgate.ops.gpu import united as united_gpu
+from rankgate.ops.gpu import windows as windows_gpu
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NAMES = {
@@ -83,6 +85,26 @@ def build_cuda(library: ctypes.CDLL, name: str, **values: int) -> None:
     print(name, values)
 
 
+def few_keys(dtype: torch.dtype) -> None:
+    """Choosing representatives, and attention of a whole text to them and to windows."""
+    for even, kept in itertools.product((False, True), repeat=2):
+        shape = {"STEP": 128, "TILE": 64, "WIDTH": 64, "VALUE": 128, "EVEN": even, "KEPT": kept}
+        lists = {"table": I32, "ends": I32, "bias": F32 if kept else dtype, "scale": 0.1}
+        sizes = dict.fromkeys(("tokens", "sinks", "kept", "heads", "share", "width", "value_width"), 3)
+        strides = {f"{name}_{of}": 1 << 10 for name in "qkv" for of in ("head", "token")}
+        tensors = dict.fromkeys(("q", "k", "v", "out", "kept_keys", "kept_values"), dtype)
+        build(windows_gpu._attend_windows, shape, **tensors, **lists, **sizes, **strides, num_warps=8)
+    shape = {"TILE": select_gpu.TILE, "DEPTH": select_gpu.DEPTH}
+    chunk = {"CHUNK": select_gpu.CHUNK, "TILE": select_gpu.TILE}
+    sizes = {"tokens": 300, "width": 64, "start": 1 << 10, "num_warps": 8}
+    lists = {"least": F32, "near": I32, "found": I32, "counts": I32, "taken": I8, "chosen": I8}
+    pairs = {"rows": I64, "columns": I32, "ends": I32, "best": F32, "place": I32, "count": 9, "capacity": 9}
+    build(select_gpu._within, {**shape, **chunk}, x=dtype, **lists, **sizes)
+    build(select_gpu._against, {**shape, "SPLITS": 4}, x=dtype, **lists, **sizes)
+    build(select_gpu._settle, chunk, **lists, **sizes)
+    build(select_gpu._nearest, {**shape, "SPLITS": 4}, x=dtype, **pairs, **sizes)
+
+
 def main() -> None:
     library = nvrtc()
     for bits, zero, half, tokens, groups in itertools.product((4, 8), (0, 1), (0, 1), (2, 16, 64), (1, 2)):
@@ -133,6 +155,7 @@ def main() -> None:
             constants = {**shape, **dict.fromkeys(("WINDOW", "CAP", "SINKS"), rule)}
             given = {**dict.fromkeys(("q", "k", "v", "out"), dtype), "sinks": F32 if rule else dtype}
             build(attention_gpu._attend, constants, pdl=True, **given, **cache, **numbers)
+        few_keys(dtype)
     codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
     half, constants = torch.float16, {"BITS": 4, "ZERO": False, "SPLIT": 1, "BATCH": 1, "PARTS": 2, "OVERLAP": True}
     build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, extra=F32, **codes, **size)
