@@ -6,9 +6,9 @@ in between (`mlp.experts.3.down_proj`). What lies between the two products stays
 
     y_t = Σ_{e chosen for t} w_te down_e(gate(gate_up_e(x_t)))
 
-Tokens are sorted by expert, and each expert that was chosen is called once. A captured step cannot branch: there each
-pair of token and expert finds its weights through a table, `torch.ops.rankgate.chosen_linear`, so it reads no more than
-the experts of its tokens. That takes experts that are quantised, on a CPU.
+Tokens are sorted by expert, and each linear of one that was chosen is called once. A captured step cannot branch: there
+each pair of token and expert finds its weights through a table, `torch.ops.rankgate.chosen_linear`, so it reads no more
+than the experts of its tokens. That takes experts that are quantised; on a GPU, all of a layer in the same way.
 
 Not covered: experts whose module is not made by transformers' `use_experts_implementation`, or with norms of their own.
 """
@@ -16,10 +16,12 @@ Not covered: experts whose module is not made by transformers' `use_experts_impl
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -28,9 +30,10 @@ from transformers import PreTrainedModel
 from rankgate.common.copies import twin
 from rankgate.core import GroupedLinear, frozen, operators
 from rankgate.errors import RankgateError
-from rankgate.quantized import QuantizedGroup
+from rankgate.quantized import QuantizedGroup, table_of
 
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+ALIGNED = 16  # bytes that a GPU loads at once
 _trace = threading.local()
 
 
@@ -55,40 +58,47 @@ class Experts(nn.ModuleList):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """y (tokens, n) of x (tokens, n), by the experts `chosen` (tokens, k) for each and their `weights`."""
-        rule: Any = vars(self)["rule"]
         self.per_token = chosen.shape[1]
         each = chosen.flatten()
-        hidden = self._linear(self.up, x.repeat_interleave(self.per_token, 0), each)
-        hidden = rule._apply_gate(hidden) if rule.has_gate else rule.act_fn(hidden)
-        y = self._linear(DOWN, hidden, each) * weights.flatten()[:, None]
-        summed: Tensor = y.unflatten(0, chosen.shape).sum(1).to(x.dtype)
+        if getattr(_trace, "active", False):
+            y = self._both(x.repeat_interleave(self.per_token, 0), functools.partial(self._by_tables, each))
+        else:
+            order, counts = each.argsort(stable=True), each.bincount(minlength=len(self)).tolist()
+            y = self._both(x[order // self.per_token], functools.partial(self._in_parts, counts))[order.argsort()]
+        summed: Tensor = (y * weights.flatten()[:, None]).unflatten(0, chosen.shape).sum(1).to(x.dtype)
         return summed
 
-    def _linear(self, name: str, x: Tensor, chosen: Tensor) -> Tensor:
-        """Row s of x (rows, n) by the linear `name` of expert chosen_s (rows,)."""
-        if getattr(_trace, "active", False):
-            tables, biases, m = self._tables(name)
-            y: Tensor = torch.ops.rankgate.chosen_linear(x, tables, chosen, m)
-            return y if biases is None else y + biases[chosen]
-        order = chosen.argsort(stable=True)
-        parts = x[order].split(chosen.bincount(minlength=len(self)).tolist())
-        found = [self[e][name](part) for e, part in enumerate(parts) if len(part)]  # type: ignore[index]
-        return torch.cat(found)[order.argsort()]
+    def _both(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Rows x by both linears of their experts, of which `linear` multiplies with the one of this name."""
+        rule: Any = vars(self)["rule"]
+        hidden = linear(self.up, x)
+        return linear(DOWN, rule._apply_gate(hidden) if rule.has_gate else rule.act_fn(hidden))
 
-    def _tables(self, name: str) -> tuple[Tensor, Tensor | None, int]:
-        """Addresses of the experts' tables (E,), their biases (E, m), and m.
+    def _in_parts(self, counts: list[int], name: str, x: Tensor) -> Tensor:
+        """Rows sorted by expert, of which so many are for each."""
+        parts = zip(self, x.split(counts), strict=True)
+        return torch.cat([expert[name](part) for expert, part in parts if len(part)])  # type: ignore[index]
+
+    def _by_tables(self, chosen: Tensor, name: str, x: Tensor) -> Tensor:
+        """Row s by expert chosen_s (rows,), without a branch.
 
         Raises RankgateError if a step cannot find its experts so.
         """
         linears = [expert[name] for expert in self]  # type: ignore[index]
         groups = [layer.group for layer in linears if isinstance(layer, GroupedLinear)]
         quantised = [group for group in groups if isinstance(group, QuantizedGroup)]
-        if len(quantised) < len(self) or quantised[0].base.codes.is_cuda:
-            raise RankgateError("its experts are chosen by the CPU, from modules: they are no quantised ones on a CPU")
+        if len(quantised) < len(self):
+            raise RankgateError("a captured step finds its experts through tables, which only quantised ones have")
+        operator = torch.ops.rankgate.chosen_linear
         with disable_proxy_modes_tracing():
-            tables = torch.tensor([group.table() for group in quantised])
+            tables = tables_of(quantised) if x.is_cuda else torch.tensor([group.table() for group in quantised])
             biases = None if linears[0].bias is None else torch.stack([layer.bias for layer in linears])
-        return tables, biases, quantised[0].m
+        y: Tensor
+        if x.is_cuda:
+            y = operator.parts(x, tables, chosen, quantised[0].parts)
+        else:
+            y = operator(x, tables, chosen, quantised[0].m)
+        return y if biases is None else y + biases[chosen]
 
 
 @contextlib.contextmanager
@@ -147,5 +157,20 @@ def _linear(stack: nn.Module, name: str, expert: int) -> nn.Linear:
     return linear
 
 
+def tables_of(groups: Sequence[QuantizedGroup]) -> Tensor:
+    """`table_of` each of several groups that are stored alike (groups, words), on their device.
+
+    Raises RankgateError if a kernel cannot read them all in the same way.
+    """
+    parts = [group.parts for group in groups]
+    kinds = {tuple(None if t is None else (t.shape, t.dtype) for t in each) for each in parts}
+    if len(kinds) > 1 or any(t is not None and t.data_ptr() % ALIGNED for each in parts for t in each):
+        raise RankgateError("experts of a layer are stored in different ways, which no kernel of a GPU reads together")
+    device = groups[0].base.codes.device
+    return torch.from_numpy(np.stack([table_of(groups[0].n, each) for each in parts])).to(device)
+
+
 operators.define("chosen_linear(Tensor x, Tensor tables, Tensor chosen, int m) -> Tensor")
 operators.impl("chosen_linear", lambda x, tables, chosen, m: x.new_empty((len(x), m)), "Meta")
+operators.define("chosen_linear.parts(Tensor x, Tensor tables, Tensor chosen, Tensor?[] parts) -> Tensor")
+operators.impl("chosen_linear.parts", lambda x, tables, chosen, parts: x.new_empty((len(x), len(parts[0]))), "Meta")

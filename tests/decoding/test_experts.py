@@ -25,6 +25,7 @@ MIXTURES = {
     "Qwen3Moe": {"num_experts": 6, "moe_intermediate_size": 24, "head_dim": 8},
     "GptOss": {"num_local_experts": 6, "head_dim": 8, "sliding_window": 8},
 }
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 METHODS = {"int8": Int8Config(), "lrq": LRQConfig(rank=8, rounds=1), "gsi": GSIConfig(rank=8)}
 
 
@@ -102,14 +103,16 @@ def test_captured_steps_write_the_same_text(name, method):
 
 def test_experts_without_tables_are_left_to_the_model():
     model = converted("Mixtral", "gsi")
-    with pytest.warns(UserWarning, match="experts are chosen by the CPU"):
+    with pytest.warns(UserWarning, match="which only quantised ones have"):
         expected, got = both(model, tokens(1, 9))
     assert torch.equal(expected, got) and not captured(model)
 
 
-def test_a_step_reads_no_other_experts():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["int8", "lrq"])
+def test_a_step_reads_no_other_experts(method, device):
     """Scales of the others are not finite."""
-    model, ids = converted("Mixtral", "int8"), tokens(1, 9)
+    model, ids = converted("Mixtral", method).to(device), tokens(1, 9).to(device)
     both(model, ids)
     capture = steps.captured(model)
     chosen = {}
@@ -117,14 +120,14 @@ def test_a_step_reads_no_other_experts():
         experts.register_forward_pre_hook(
             lambda _, args, name=name: chosen.update({name: {*args[1].flatten().tolist()}})
         )
-    buffers = [torch.zeros(1, 2, 16, 8) for _ in range(4)]
+    buffers = [torch.zeros(1, 2, 16, 8, device=device) for _ in range(4)]
     expected = logits(model, ids[:, :1])[0]
     for name, experts in experts_of(model).items():
         assert len(chosen[name]) == 2
         for number, expert in enumerate(experts):
             if number not in chosen[name]:
                 expert["down_proj"].group.base.scale.fill_(torch.nan)
-    got = capture(ids[:, :1], torch.zeros(1, 1, dtype=torch.int64), buffers)
+    got = capture(ids[:, :1], torch.zeros_like(ids[:, :1]), buffers)
     assert torch.allclose(got, expected, atol=1e-2 * float(expected.abs().max()))
 
 
