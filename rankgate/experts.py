@@ -89,15 +89,15 @@ class Experts(nn.ModuleList):
         quantised = [group for group in groups if isinstance(group, QuantizedGroup)]
         if len(quantised) < len(self):
             raise RankgateError("a captured step finds its experts through tables, which only quantised ones have")
-        operator = torch.ops.rankgate.chosen_linear
+        chosen_linear: Any = torch.ops.rankgate.chosen_linear
         with disable_proxy_modes_tracing():
-            tables = tables_of(quantised) if x.is_cuda else torch.tensor([group.table() for group in quantised])
+            form: Any = quantised[0].m
+            if x.is_cuda:
+                chosen_linear, (tables, form) = chosen_linear.parts, tables_of(quantised)
+            else:
+                tables = torch.tensor([group.table() for group in quantised])
             biases = None if linears[0].bias is None else torch.stack([layer.bias for layer in linears])
-        y: Tensor
-        if x.is_cuda:
-            y = operator.parts(x, tables, chosen, quantised[0].parts)
-        else:
-            y = operator(x, tables, chosen, quantised[0].m)
+        y: Tensor = chosen_linear(x, tables, chosen, form)
         return y if biases is None else y + biases[chosen]
 
 
@@ -157,17 +157,18 @@ def _linear(stack: nn.Module, name: str, expert: int) -> nn.Linear:
     return linear
 
 
-def tables_of(groups: Sequence[QuantizedGroup]) -> Tensor:
-    """`table_of` each of several groups that are stored alike (groups, words), on their device.
+def tables_of(groups: Sequence[QuantizedGroup]) -> tuple[Tensor, list[Tensor | None]]:
+    """`table_of` each of several groups (groups, words), on their device, and the parts of the one of highest rank.
 
-    Raises RankgateError if a kernel cannot read them all in the same way.
+    Raises RankgateError if they differ in more than their rank: a kernel reads all of them in the same way.
     """
-    parts = [group.parts for group in groups]
-    kinds = {tuple(None if t is None else (t.shape, t.dtype) for t in each) for each in parts}
-    if len(kinds) > 1 or any(t is not None and t.data_ptr() % ALIGNED for each in parts for t in each):
+    kinds = {(g.base.bits, g.base.group_size, g.base.zero is None, g.refinement is None) for g in groups}
+    every = [group.parts for group in groups]
+    if len(kinds) > 1 or any(part is not None and part.data_ptr() % ALIGNED for parts in every for part in parts):
         raise RankgateError("experts of a layer are stored in different ways, which no kernel of a GPU reads together")
-    device = groups[0].base.codes.device
-    return torch.from_numpy(np.stack([table_of(groups[0].n, each) for each in parts])).to(device)
+    tables = torch.from_numpy(np.stack([table_of(groups[0].n, parts) for parts in every]))
+    highest = max(groups, key=lambda group: 0 if group.low_rank is None else group.low_rank.rank)
+    return tables.to(highest.base.codes.device), highest.parts
 
 
 operators.define("chosen_linear(Tensor x, Tensor tables, Tensor chosen, int m) -> Tensor")

@@ -45,8 +45,8 @@ def call(operator: str, device: str, tokens: int) -> Any:
             return registered(q, k, v, *cache, torch.arange(tokens, device=place)[None], 0.3, 0, 0.0, None)
         case "chosen_linear" | "chosen_linear.parts":
             expert, chosen = group(65, 70).to(place), torch.zeros(tokens, dtype=torch.int64, device=place)
-            by_address = torch.tensor([expert.table()]), chosen, 65
-            return registered(x, *(by_address if device == "CPU" else (tables_of([expert]), chosen, expert.parts)))
+            tables, form = (torch.tensor([expert.table()]), 65) if device == "CPU" else tables_of([expert])
+            return registered(x, tables, chosen, form)
         case "round_block":
             return registered(*(noise(8, 8) for _ in range(4)), 0, 15)
     raise ValueError(operator)

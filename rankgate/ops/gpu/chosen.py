@@ -1,6 +1,6 @@
 """Experts on the GPU (Triton): each row of x by a quantised group of its own, which is found on the device.
 
-The addresses of all experts' parts are data, in a table (`quantized.tables_of`), and so are the numbers of those that
+The addresses of all experts' parts are data, in a table (`experts.tables_of`), and so are the numbers of those that
 are chosen. Launches are therefore the same whichever these are, and nobody asks the host: a CUDA graph can hold them.
 A launch is for all rows, and reads of the experts what they need. What a program does is what it does for one group
 (`quantized`, `refined`), with pointers from the table. Rows with the same expert read it again, from the cache.
@@ -20,7 +20,7 @@ from rankgate.ops.gpu.overlap import begin, overlaps
 from rankgate.ops.gpu.tuning import tuned
 from rankgate.quantized import groups_of
 
-TABLE = tl.constexpr(15)  # words of `quantized.table_of`, the last ones of which are addresses of
+TABLE, RANK_WORD = tl.constexpr(15), tl.constexpr(4)  # words of `quantized.table_of`, the rank; then addresses of
 CODES, SCALE, ZEROS, A, B, COMPONENT, PLANE, ROW, COLUMN, THRESHOLD = map(tl.constexpr, range(5, 15))
 
 
@@ -31,13 +31,18 @@ def _table(tables, chosen):
 
 
 @triton.jit
+def _rank(table):
+    return tl.load(table + RANK_WORD).to(tl.int32)
+
+
+@triton.jit
 def _part(table, WORD: tl.constexpr, dtype: tl.constexpr):
     return tl.multiple_of(tl.load(table + WORD).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def _produce(
-    x, tables, chosen, low, channels, scaled, counts, n, rank, lists, chunks,
+    x, tables, chosen, low, channels, scaled, counts, n, lists, chunks,
     RANK: tl.constexpr, REFINED: tl.constexpr, CHUNK: tl.constexpr, LISTING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`refined.produce` for one row."""
@@ -53,13 +58,13 @@ def _produce(
         channels + s * lists * LISTING,
         scaled + s * lists * LISTING,
         counts + s * lists,
-        1, n, rank, lists, RANK, REFINED, CHUNK, LISTING, False,
+        1, n, _rank(table), lists, RANK, REFINED, CHUNK, LISTING, False,
     )  # fmt: skip
 
 
 @triton.jit
 def _refine(
-    tables, chosen, low, channels, scaled, counts, extra, chunks, lists, m, n, rank,
+    tables, chosen, low, channels, scaled, counts, extra, chunks, lists, m, n,
     RANK: tl.constexpr, REFINED: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr,
     LISTING: tl.constexpr, TOGETHER: tl.constexpr, SLOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +79,7 @@ def _refine(
         scaled + s * lists * LISTING,
         counts + s * lists,
         extra + s * PARTS * m,
-        chunks, lists, 1, m, n, rank, RANK, REFINED, CHUNKS, PARTS, LISTS, LISTING, TOGETHER, SLOTS, OVERLAP,
+        chunks, lists, 1, m, n, _rank(table), RANK, REFINED, CHUNKS, PARTS, LISTS, LISTING, TOGETHER, SLOTS, OVERLAP,
     )  # fmt: skip
 
 
@@ -107,7 +112,7 @@ def _multiply(
 
 
 def linear(x: Tensor, tables: Tensor, chosen: Tensor, parts: list[Any]) -> Tensor:
-    """Row s of y (rows, m) is row s of x (rows, n) by group chosen_s of `tables`; `parts` are those of any of them."""
+    """Row s of y (rows, m) is row s of x (rows, n) by group chosen_s of `tables`; see `experts.tables_of`."""
     codes, scale, zero, *added = parts
     (rows, n), m, chosen = x.shape, len(codes), chosen.contiguous()
     whole, y = quantized.padded(x), x.new_empty((rows, m))
@@ -132,10 +137,10 @@ def _added(
     if A is None and plane is None:
         return None
     (rows, n), launches = x.shape, refined.Launches.of(x, m, A, plane)
-    scratch, rank, chunks, lists = launches.scratch, launches.rank, launches.chunks, launches.lists
+    scratch, chunks, lists = launches.scratch, launches.chunks, launches.lists
     extra = x.new_empty((rows, launches.parts, m), dtype=torch.float32)
-    _produce[chunks + lists, rows](*(x, tables, chosen, *scratch, n, rank, lists, chunks), **launches.producing)
+    _produce[chunks + lists, rows](*(x, tables, chosen, *scratch, n, lists, chunks), **launches.producing)
     _refine[triton.cdiv(m, 128) * launches.parts, rows](
-        *(tables, chosen, *scratch, extra, chunks, lists, m, n, rank), **launches.refining
+        *(tables, chosen, *scratch, extra, chunks, lists, m, n), **launches.refining
     )
     return extra
