@@ -7,8 +7,9 @@ in between (`mlp.experts.3.down_proj`). What lies between the two products stays
     y_t = Σ_{e chosen for t} w_te down_e(gate(gate_up_e(x_t)))
 
 Tokens are sorted by expert, and each linear of one that was chosen is called once. A captured step cannot branch: there
-each pair of token and expert finds its weights through a table, `torch.ops.rankgate.chosen_linear`, so it reads no more
-than the experts of its tokens. That takes experts that are quantised; on a GPU, all of a layer in the same way.
+an operator finds the weights for each pair of token and expert, `torch.ops.rankgate.chosen_linear` through a table, so
+it reads no more than the experts of its tokens. That takes experts that are quantised, on a GPU all of a layer in the
+same way; on a CPU also those of `gsi` and `svd` (`chosen_gated`).
 
 Not covered: experts whose module is not made by transformers' `use_experts_implementation`, or with norms of their own.
 """
@@ -28,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from transformers import PreTrainedModel
 
 from rankgate.common.copies import twin
-from rankgate.core import GroupedLinear, frozen, operators
+from rankgate.core import GatedGroup, GroupedLinear, LinearGroup, frozen, operators
 from rankgate.errors import RankgateError
 from rankgate.quantized import QuantizedGroup, table_of
 
@@ -86,19 +87,14 @@ class Experts(nn.ModuleList):
         """
         linears = [expert[name] for expert in self]  # type: ignore[index]
         groups = [layer.group for layer in linears if isinstance(layer, GroupedLinear)]
-        quantised = [group for group in groups if isinstance(group, QuantizedGroup)]
-        if len(quantised) < len(self):
-            raise RankgateError("a captured step finds its experts through tables, which only quantised ones have")
-        chosen_linear: Any = torch.ops.rankgate.chosen_linear
+        if len(groups) < len(self):
+            raise RankgateError("experts that stay dense in a converted model are not chosen in a captured step; convert all")
+        y = _multiply(groups, x, chosen)
+        if linears[0].bias is None:
+            return y
         with disable_proxy_modes_tracing():
-            form: Any = quantised[0].m
-            if x.is_cuda:
-                chosen_linear, (tables, form) = chosen_linear.parts, tables_of(quantised)
-            else:
-                tables = torch.tensor([group.table() for group in quantised])
-            biases = None if linears[0].bias is None else torch.stack([layer.bias for layer in linears])
-        y: Tensor = chosen_linear(x, tables, chosen, form)
-        return y if biases is None else y + biases[chosen]
+            biases = torch.stack([layer.bias for layer in linears])
+        return y + biases[chosen]
 
 
 @contextlib.contextmanager
@@ -157,6 +153,31 @@ def _linear(stack: nn.Module, name: str, expert: int) -> nn.Linear:
     return linear
 
 
+def _multiply(groups: list[LinearGroup], x: Tensor, chosen: Tensor) -> Tensor:
+    """Row s of x (rows, n) by group chosen_s, as one operation. Raises RankgateError if there is none for them."""
+    operators: Any = torch.ops.rankgate
+    quantised = [group for group in groups if isinstance(group, QuantizedGroup)]
+    gated = [group for group in groups if isinstance(group, GatedGroup)]
+    y: Tensor
+    if len(quantised) == len(groups) and x.is_cuda:
+        with disable_proxy_modes_tracing():
+            tables, parts = tables_of(quantised)
+        y = operators.chosen_linear.parts(x, tables, chosen, parts)
+    elif len(quantised) == len(groups):
+        with disable_proxy_modes_tracing():
+            tables = torch.tensor([group.table() for group in quantised])
+        y = operators.chosen_linear(x, tables, chosen, quantised[0].m)
+    elif len(gated) == len(groups) and len({group.subspace.eps for group in gated}) == 1 and not x.is_cuda:
+        W = [group.W for group in gated if group.W is not None]
+        y = operators.chosen_gated(
+            *(x, chosen, [group.subspace.B for group in gated], [group.A for group in gated], W),
+            gated[0].subspace.eps,
+        )
+    else:
+        raise RankgateError("experts of a layer are converted in ways that no captured step chooses here; use lrq, int8 or int4")
+    return y
+
+
 def tables_of(groups: Sequence[QuantizedGroup]) -> tuple[Tensor, list[Tensor | None]]:
     """`table_of` each of several groups (groups, words), on their device, and the parts of the one of highest rank.
 
@@ -165,7 +186,7 @@ def tables_of(groups: Sequence[QuantizedGroup]) -> tuple[Tensor, list[Tensor | N
     kinds = {(g.base.bits, g.base.group_size, g.base.zero is None, g.refinement is None) for g in groups}
     every = [group.parts for group in groups]
     if len(kinds) > 1 or any(part is not None and part.data_ptr() % ALIGNED for parts in every for part in parts):
-        raise RankgateError("experts of a layer are stored in different ways, which no kernel of a GPU reads together")
+        raise RankgateError("experts of a layer are stored in different ways, which no kernel of a GPU reads; use one for all")
     tables = torch.from_numpy(np.stack([table_of(groups[0].n, parts) for parts in every]))
     highest = max(groups, key=lambda group: 0 if group.low_rank is None else group.low_rank.rank)
     return tables.to(highest.base.codes.device), highest.parts

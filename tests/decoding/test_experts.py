@@ -7,7 +7,7 @@ from conftest import VOCAB, tokens
 from test_decode import both, captured
 from transformers import AutoModelForCausalLM
 
-from rankgate import GSIConfig, Int8Config, LRQConfig, calibrate, convert_, twin
+from rankgate import GSIConfig, Int8Config, LRQConfig, SVDConfig, calibrate, convert_, twin
 from rankgate.conversion.convert import converted_layers
 from rankgate.conversion.gates import record_gates
 from rankgate.conversion.reads import weight_reads
@@ -26,7 +26,7 @@ MIXTURES = {
     "GptOss": {"num_local_experts": 6, "head_dim": 8, "sliding_window": 8},
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-METHODS = {"int8": Int8Config(), "lrq": LRQConfig(rank=8, rounds=1), "gsi": GSIConfig(rank=8)}
+METHODS = {"int8": Int8Config(), "lrq": LRQConfig(rank=8, rounds=1), "gsi": GSIConfig(rank=8), "svd": SVDConfig(rank=8)}
 
 
 def mixture(name):
@@ -101,9 +101,29 @@ def test_captured_steps_write_the_same_text(name, method):
         assert steps.captured(model, sequences=len(ids)) is not None
 
 
-def test_experts_without_tables_are_left_to_the_model():
-    model = converted("Mixtral", "gsi")
-    with pytest.warns(UserWarning, match="which only quantised ones have"):
+@pytest.mark.parametrize("method", ["gsi", "svd"])
+def test_experts_with_subspaces_in_captured_steps(method):
+    model = converted("Qwen3Moe", method)
+    for ids in (tokens(1, 9), tokens(3, 5)):
+        expected, got = both(model, ids)
+        assert torch.equal(expected, got)
+        assert steps.captured(model, sequences=len(ids)) is not None
+
+
+def test_each_row_by_the_subspace_of_its_expert():
+    torch.manual_seed(0)
+    B, A, W = ([torch.randn(shape) for _ in range(3)] for shape in ((4, 9), (7, 4), (7, 9)))
+    x, chosen = torch.randn(4, 9), torch.tensor([2, 0, 0, 1])
+    for eps, full in ((None, []), (0.0, W), (1e9, W)):
+        expected = [(W[e] if eps == 0 else A[e] @ B[e]) @ row for row, e in zip(x, chosen.tolist(), strict=True)]
+        y = torch.ops.rankgate.chosen_gated(x, chosen, B, A, full, eps)
+        assert torch.allclose(y, torch.stack(expected), atol=1e-5)
+
+
+def test_experts_beside_dense_ones_are_left_to_the_model():
+    model = mixture("Mixtral")
+    convert_(model, Int8Config(), overrides={"experts.1": None})
+    with pytest.warns(UserWarning, match="experts that stay dense"):
         expected, got = both(model, tokens(1, 9))
     assert torch.equal(expected, got) and not captured(model)
 
