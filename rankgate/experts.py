@@ -88,7 +88,7 @@ class Experts(nn.ModuleList):
         linears = [expert[name] for expert in self]  # type: ignore[index]
         groups = [layer.group for layer in linears if isinstance(layer, GroupedLinear)]
         if len(groups) < len(self):
-            raise RankgateError("experts that stay dense in a converted model are not chosen in a captured step; convert all")
+            raise RankgateError("experts that stay dense in a converted model are not captured; convert them, too")
         y = _multiply(groups, x, chosen)
         if linears[0].bias is None:
             return y
@@ -174,7 +174,7 @@ def _multiply(groups: list[LinearGroup], x: Tensor, chosen: Tensor) -> Tensor:
             gated[0].subspace.eps,
         )
     else:
-        raise RankgateError("experts of a layer are converted in ways that no captured step chooses here; use lrq, int8 or int4")
+        raise RankgateError("experts converted in these ways are not captured on this device; quantise them all")
     return y
 
 
@@ -186,7 +186,7 @@ def tables_of(groups: Sequence[QuantizedGroup]) -> tuple[Tensor, list[Tensor | N
     kinds = {(g.base.bits, g.base.group_size, g.base.zero is None, g.refinement is None) for g in groups}
     every = [group.parts for group in groups]
     if len(kinds) > 1 or any(part is not None and part.data_ptr() % ALIGNED for parts in every for part in parts):
-        raise RankgateError("experts of a layer are stored in different ways, which no kernel of a GPU reads; use one for all")
+        raise RankgateError("experts of a layer are stored in unlike ways, which no kernel reads; use one for all")
     tables = torch.from_numpy(np.stack([table_of(groups[0].n, parts) for parts in every]))
     highest = max(groups, key=lambda group: 0 if group.low_rank is None else group.low_rank.rank)
     return tables.to(highest.base.codes.device), highest.parts

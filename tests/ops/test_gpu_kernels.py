@@ -140,7 +140,7 @@ def test_each_row_by_a_group_of_its_own(size: int, case: Case, dtype: torch.dtyp
 
 def test_groups_that_no_kernel_reads_together_are_refused():
     for others in (group(65, 70, 8), group(65, 70, size=32), group(65, 70, opened=0.1), group(65, 70, zero=True)):
-        with pytest.raises(RankgateError, match="stored in different ways"):
+        with pytest.raises(RankgateError, match="stored in unlike ways"):
             tables_of([group(65, 70), others])
     with pytest.raises(RankgateError, match="not in"):
         ROUTES["chosen_linear.parts", "CUDA"].call(torch.ones(1, 70, dtype=torch.float64), None, None, [])
