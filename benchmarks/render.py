@@ -23,6 +23,7 @@ import gpu_batches
 import gpu_convert
 import gpu_decode
 import gpu_exact
+import gpu_experts
 import gpu_kernels
 import gpu_tensor_parallel
 import harness
@@ -125,6 +126,7 @@ def results() -> Iterator[str]:
     yield serving.section(load("serving"))
     yield concurrency.section(load("concurrency"))
     yield from of_each(gpu_decode.section, "gpu_decode")
+    yield from of_each(gpu_experts.section, "gpu_experts")
     yield from of_each(gpu_kernels.section, "gpu_kernels")
     yield "![bandwidth against bytes read, for each kernel](roofline.png)\n"
     yield from of_each(gpu_batches.section, "gpu_batches")

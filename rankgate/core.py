@@ -277,10 +277,21 @@ def gated(x: Tensor, B: Tensor, A: Tensor, W: Tensor | None, eps: float | None) 
     return answer(x, project(x, B, eps), A, W)
 
 
+def chosen_gated(
+    x: Tensor, chosen: Tensor, B: list[Tensor], A: list[Tensor], W: list[Tensor], eps: float | None
+) -> Tensor:
+    """Row s of y (rows, m) is row s of x (rows, n) by group chosen_s, whose tensors these are; no W without a gate."""
+    rows = zip(x, chosen.tolist(), strict=True)
+    return torch.stack([gated(row, B[e], A[e], W[e] if W else None, eps) for row, e in rows])
+
+
 operators = torch.library.Library("rankgate", "DEF")
 operators.define("gated(Tensor x, Tensor B, Tensor A, Tensor? W, float? eps) -> Tensor")
 operators.impl("gated", gated, "CompositeExplicitAutograd")
 operators.impl("gated", lambda x, B, A, W, eps: x.new_empty((*x.shape[:-1], A.shape[0])), "Meta")
+operators.define("chosen_gated(Tensor x, Tensor chosen, Tensor[] B, Tensor[] A, Tensor[] W, float? eps) -> Tensor")
+operators.impl("chosen_gated", chosen_gated, "CPU")
+operators.impl("chosen_gated", lambda x, chosen, B, A, W, eps: x.new_empty((len(x), len(A[0]))), "Meta")
 
 
 def few(x: Tensor) -> bool:

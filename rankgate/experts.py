@@ -6,9 +6,10 @@ in between (`mlp.experts.3.down_proj`). What lies between the two products stays
 
     y_t = Σ_{e chosen for t} w_te down_e(gate(gate_up_e(x_t)))
 
-Tokens are sorted by expert, and each expert that was chosen is called once. A captured step cannot branch: there each
-pair of token and expert finds its weights through a table, `torch.ops.rankgate.chosen_linear`, so it reads no more than
-the experts of its tokens. That takes experts that are quantised, on a CPU.
+Tokens are sorted by expert, and each linear of one that was chosen is called once. A captured step cannot branch: there
+an operator finds the weights for each pair of token and expert, `torch.ops.rankgate.chosen_linear` through a table, so
+it reads no more than the experts of its tokens. That takes experts that are quantised, on a GPU all of a layer in the
+same way; on a CPU also those of `gsi` and `svd` (`chosen_gated`).
 
 Not covered: experts whose module is not made by transformers' `use_experts_implementation`, or with norms of their own.
 """
@@ -16,21 +17,24 @@ Not covered: experts whose module is not made by transformers' `use_experts_impl
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from transformers import PreTrainedModel
 
 from rankgate.common.copies import twin
-from rankgate.core import GroupedLinear, frozen, operators
+from rankgate.core import GatedGroup, GroupedLinear, LinearGroup, frozen, operators
 from rankgate.errors import RankgateError
-from rankgate.quantized import QuantizedGroup
+from rankgate.quantized import QuantizedGroup, table_of
 
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+ALIGNED = 16  # bytes that a GPU loads at once
 _trace = threading.local()
 
 
@@ -55,40 +59,42 @@ class Experts(nn.ModuleList):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """y (tokens, n) of x (tokens, n), by the experts `chosen` (tokens, k) for each and their `weights`."""
-        rule: Any = vars(self)["rule"]
         self.per_token = chosen.shape[1]
         each = chosen.flatten()
-        hidden = self._linear(self.up, x.repeat_interleave(self.per_token, 0), each)
-        hidden = rule._apply_gate(hidden) if rule.has_gate else rule.act_fn(hidden)
-        y = self._linear(DOWN, hidden, each) * weights.flatten()[:, None]
-        summed: Tensor = y.unflatten(0, chosen.shape).sum(1).to(x.dtype)
+        if getattr(_trace, "active", False):
+            y = self._both(x.repeat_interleave(self.per_token, 0), functools.partial(self._by_tables, each))
+        else:
+            order, counts = each.argsort(stable=True), each.bincount(minlength=len(self)).tolist()
+            y = self._both(x[order // self.per_token], functools.partial(self._in_parts, counts))[order.argsort()]
+        summed: Tensor = (y * weights.flatten()[:, None]).unflatten(0, chosen.shape).sum(1).to(x.dtype)
         return summed
 
-    def _linear(self, name: str, x: Tensor, chosen: Tensor) -> Tensor:
-        """Row s of x (rows, n) by the linear `name` of expert chosen_s (rows,)."""
-        if getattr(_trace, "active", False):
-            tables, biases, m = self._tables(name)
-            y: Tensor = torch.ops.rankgate.chosen_linear(x, tables, chosen, m)
-            return y if biases is None else y + biases[chosen]
-        order = chosen.argsort(stable=True)
-        parts = x[order].split(chosen.bincount(minlength=len(self)).tolist())
-        found = [self[e][name](part) for e, part in enumerate(parts) if len(part)]  # type: ignore[index]
-        return torch.cat(found)[order.argsort()]
+    def _both(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Rows x by both linears of their experts, of which `linear` multiplies with the one of this name."""
+        rule: Any = vars(self)["rule"]
+        hidden = linear(self.up, x)
+        return linear(DOWN, rule._apply_gate(hidden) if rule.has_gate else rule.act_fn(hidden))
 
-    def _tables(self, name: str) -> tuple[Tensor, Tensor | None, int]:
-        """Addresses of the experts' tables (E,), their biases (E, m), and m.
+    def _in_parts(self, counts: list[int], name: str, x: Tensor) -> Tensor:
+        """Rows sorted by expert, of which so many are for each."""
+        parts = zip(self, x.split(counts), strict=True)
+        return torch.cat([expert[name](part) for expert, part in parts if len(part)])  # type: ignore[index]
+
+    def _by_tables(self, chosen: Tensor, name: str, x: Tensor) -> Tensor:
+        """Row s by expert chosen_s (rows,), without a branch.
 
         Raises RankgateError if a step cannot find its experts so.
         """
         linears = [expert[name] for expert in self]  # type: ignore[index]
         groups = [layer.group for layer in linears if isinstance(layer, GroupedLinear)]
-        quantised = [group for group in groups if isinstance(group, QuantizedGroup)]
-        if len(quantised) < len(self) or quantised[0].base.codes.is_cuda:
-            raise RankgateError("its experts are chosen by the CPU, from modules: they are no quantised ones on a CPU")
+        if len(groups) < len(self):
+            raise RankgateError("experts that stay dense in a converted model are not captured; convert them, too")
+        y = _multiply(groups, x, chosen)
+        if linears[0].bias is None:
+            return y
         with disable_proxy_modes_tracing():
-            tables = torch.tensor([group.table() for group in quantised])
-            biases = None if linears[0].bias is None else torch.stack([layer.bias for layer in linears])
-        return tables, biases, quantised[0].m
+            biases = torch.stack([layer.bias for layer in linears])
+        return y + biases[chosen]
 
 
 @contextlib.contextmanager
@@ -147,5 +153,46 @@ def _linear(stack: nn.Module, name: str, expert: int) -> nn.Linear:
     return linear
 
 
+def _multiply(groups: list[LinearGroup], x: Tensor, chosen: Tensor) -> Tensor:
+    """Row s of x (rows, n) by group chosen_s, as one operation. Raises RankgateError if there is none for them."""
+    operators: Any = torch.ops.rankgate
+    quantised = [group for group in groups if isinstance(group, QuantizedGroup)]
+    gated = [group for group in groups if isinstance(group, GatedGroup)]
+    y: Tensor
+    if len(quantised) == len(groups) and x.is_cuda:
+        with disable_proxy_modes_tracing():
+            tables, parts = tables_of(quantised)
+        y = operators.chosen_linear.parts(x, tables, chosen, parts)
+    elif len(quantised) == len(groups):
+        with disable_proxy_modes_tracing():
+            tables = torch.tensor([group.table() for group in quantised])
+        y = operators.chosen_linear(x, tables, chosen, quantised[0].m)
+    elif len(gated) == len(groups) and len({group.subspace.eps for group in gated}) == 1 and not x.is_cuda:
+        W = [group.W for group in gated if group.W is not None]
+        y = operators.chosen_gated(
+            *(x, chosen, [group.subspace.B for group in gated], [group.A for group in gated], W),
+            gated[0].subspace.eps,
+        )
+    else:
+        raise RankgateError("experts converted in these ways are not captured on this device; quantise them all")
+    return y
+
+
+def tables_of(groups: Sequence[QuantizedGroup]) -> tuple[Tensor, list[Tensor | None]]:
+    """`table_of` each of several groups (groups, words), on their device, and the parts of the one of highest rank.
+
+    Raises RankgateError if they differ in more than their rank: a kernel reads all of them in the same way.
+    """
+    kinds = {(g.base.bits, g.base.group_size, g.base.zero is None, g.refinement is None) for g in groups}
+    every = [group.parts for group in groups]
+    if len(kinds) > 1 or any(part is not None and part.data_ptr() % ALIGNED for parts in every for part in parts):
+        raise RankgateError("experts of a layer are stored in unlike ways, which no kernel reads; use one for all")
+    tables = torch.from_numpy(np.stack([table_of(groups[0].n, parts) for parts in every]))
+    highest = max(groups, key=lambda group: 0 if group.low_rank is None else group.low_rank.rank)
+    return tables.to(highest.base.codes.device), highest.parts
+
+
 operators.define("chosen_linear(Tensor x, Tensor tables, Tensor chosen, int m) -> Tensor")
 operators.impl("chosen_linear", lambda x, tables, chosen, m: x.new_empty((len(x), m)), "Meta")
+operators.define("chosen_linear.parts(Tensor x, Tensor tables, Tensor chosen, Tensor?[] parts) -> Tensor")
+operators.impl("chosen_linear.parts", lambda x, tables, chosen, parts: x.new_empty((len(x), len(parts[0]))), "Meta")

@@ -86,8 +86,10 @@ def convert(arguments: argparse.Namespace) -> None:
     from rankgate.common.files import atomic_path
     from rankgate.conversion.convert import convert_
     from rankgate.conversion.plan import Budget, load_settings
+    from rankgate.experts import experts_of
     from rankgate.hub import checkpoint
     from rankgate.reporting.pipeline import provenance
+    from rankgate.reporting.tables import LAYER_HEADERS, layer_rows
 
     if arguments.budget or arguments.plan:
         if settings_were_given(arguments) or (arguments.budget and arguments.plan):
@@ -116,18 +118,7 @@ def convert(arguments: argparse.Namespace) -> None:
         if plan is not None:
             plan.save(temporary / "plan.json")
     dense = [layer for layer in layers if layer.reason]
-    headers = ("layer", "m x n", "rank", "energy kept", "stays dense because")
-    rows = [
-        (
-            layer.name,
-            f"{layer.m} x {layer.n}",
-            "-" if layer.rank is None else str(layer.rank),
-            "-" if layer.kept is None else f"{layer.kept:.4f}",
-            layer.reason,
-        )
-        for layer in layers
-    ]
-    show_table(headers, rows)
+    show_table(LAYER_HEADERS, layer_rows(layers, experts_of(model.model)))
     share = 1 - sum(layer.m * layer.n for layer in dense) / sum(layer.m * layer.n for layer in layers)
     count = f"{len(layers) - len(dense)} of {len(layers)} layers"
     print(f"{count} converted, {share:.0%} of the weights that a token can read, written to {arguments.output}")

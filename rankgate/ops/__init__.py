@@ -10,6 +10,7 @@ registers what it does better, below; nobody above chooses between kernels.
     quantized_linear.parts  CPU     1-      ops/cpu/many.py        the same in a graph
     quantized_linear.parts  CUDA    1-      ops/gpu/linear.py      quantized.py, fragments.py, unpack.py
     chosen_linear           CPU     1-      ops/cpu/quantized.py   each token by an expert of its own
+    chosen_linear.parts     CUDA    1-      ops/gpu/chosen.py      the same for a CUDA graph
     attend                  CPU     1-1     ops/cpu/attention.py   over the cache of a layer
     attend_at               CUDA    1-      ops/gpu/attention.py   over a cache found through a table
     round_block             CPU     -       ops/cpu/rounding.py    while converting

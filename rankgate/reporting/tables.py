@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
+from rankgate.conversion.convert import LayerReport
 from rankgate.quantized import GROUP
 
 HEADERS = (
@@ -19,6 +22,7 @@ HEADERS = (
     "bits / weight",
     "layers",
 )
+LAYER_HEADERS = ("layer", "m x n", "rank", "energy kept", "stays dense because")
 
 
 def describe(method: Mapping[str, Any]) -> str:
@@ -62,6 +66,34 @@ def row(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{1 / record['read_speedup']:.3f}",
         f"{record['bits_per_weight']:.2f}",
         f"{record['layers_converted']} of {record['layers']}",
+    )
+
+
+def layer_rows(layers: Sequence[LayerReport], stacks: Collection[str]) -> list[tuple[str, ...]]:
+    """What was done to linears, under LAYER_HEADERS: one row for each; and for each stack of experts, all together.
+
+    stacks: names of the modules whose children are experts. Of these the rank is the least and the largest, the energy
+    kept the mean and the least, and a reason why some stay dense comes with their number.
+    """
+    together: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        expert, _, leaf = layer.name.rpartition(".")
+        stack = expert.rpartition(".")[0]
+        together.setdefault(f"{stack}.*.{leaf}" if stack in stacks else layer.name, []).append(layer)
+    return [_layer_row(name, members) for name, members in together.items()]
+
+
+def _layer_row(name: str, members: list[LayerReport]) -> tuple[str, ...]:
+    count, shape = len(members), f"{members[0].m} x {members[0].n}"
+    ranks = [layer.rank for layer in members if layer.rank is not None]
+    kept = [layer.kept for layer in members if layer.kept is not None]
+    reasons = Counter(layer.reason for layer in members if layer.reason)
+    return (
+        name,
+        shape if count == 1 else f"{count} of {shape}",
+        "-".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else "-",
+        (f"{fmean(kept):.4f}" + (f", least {min(kept):.4f}" if count > 1 else "")) if kept else "-",
+        "; ".join(reason if times == count else f"{times}: {reason}" for reason, times in reasons.items()),
     )
 
 

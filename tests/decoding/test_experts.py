@@ -7,7 +7,7 @@ from conftest import VOCAB, tokens
 from test_decode import both, captured
 from transformers import AutoModelForCausalLM
 
-from rankgate import GSIConfig, Int8Config, LRQConfig, calibrate, convert_, twin
+from rankgate import GSIConfig, Int8Config, LRQConfig, SVDConfig, calibrate, convert_, twin
 from rankgate.conversion.convert import converted_layers
 from rankgate.conversion.gates import record_gates
 from rankgate.conversion.reads import weight_reads
@@ -25,7 +25,8 @@ MIXTURES = {
     "Qwen3Moe": {"num_experts": 6, "moe_intermediate_size": 24, "head_dim": 8},
     "GptOss": {"num_local_experts": 6, "head_dim": 8, "sliding_window": 8},
 }
-METHODS = {"int8": Int8Config(), "lrq": LRQConfig(rank=8, rounds=1), "gsi": GSIConfig(rank=8)}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+METHODS = {"int8": Int8Config(), "lrq": LRQConfig(rank=8, rounds=1), "gsi": GSIConfig(rank=8), "svd": SVDConfig(rank=8)}
 
 
 def mixture(name):
@@ -100,16 +101,38 @@ def test_captured_steps_write_the_same_text(name, method):
         assert steps.captured(model, sequences=len(ids)) is not None
 
 
-def test_experts_without_tables_are_left_to_the_model():
-    model = converted("Mixtral", "gsi")
-    with pytest.warns(UserWarning, match="experts are chosen by the CPU"):
+@pytest.mark.parametrize("method", ["gsi", "svd"])
+def test_experts_with_subspaces_in_captured_steps(method):
+    model = converted("Qwen3Moe", method)
+    for ids in (tokens(1, 9), tokens(3, 5)):
+        expected, got = both(model, ids)
+        assert torch.equal(expected, got)
+        assert steps.captured(model, sequences=len(ids)) is not None
+
+
+def test_each_row_by_the_subspace_of_its_expert():
+    torch.manual_seed(0)
+    B, A, W = ([torch.randn(shape) for _ in range(3)] for shape in ((4, 9), (7, 4), (7, 9)))
+    x, chosen = torch.randn(4, 9), torch.tensor([2, 0, 0, 1])
+    for eps, full in ((None, []), (0.0, W), (1e9, W)):
+        expected = [(W[e] if eps == 0 else A[e] @ B[e]) @ row for row, e in zip(x, chosen.tolist(), strict=True)]
+        y = torch.ops.rankgate.chosen_gated(x, chosen, B, A, full, eps)
+        assert torch.allclose(y, torch.stack(expected), atol=1e-5)
+
+
+def test_experts_beside_dense_ones_are_left_to_the_model():
+    model = mixture("Mixtral")
+    convert_(model, Int8Config(), overrides={"experts.1": None})
+    with pytest.warns(UserWarning, match="experts that stay dense"):
         expected, got = both(model, tokens(1, 9))
     assert torch.equal(expected, got) and not captured(model)
 
 
-def test_a_step_reads_no_other_experts():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["int8", "lrq"])
+def test_a_step_reads_no_other_experts(method, device):
     """Scales of the others are not finite."""
-    model, ids = converted("Mixtral", "int8"), tokens(1, 9)
+    model, ids = converted("Mixtral", method).to(device), tokens(1, 9).to(device)
     both(model, ids)
     capture = steps.captured(model)
     chosen = {}
@@ -117,14 +140,14 @@ def test_a_step_reads_no_other_experts():
         experts.register_forward_pre_hook(
             lambda _, args, name=name: chosen.update({name: {*args[1].flatten().tolist()}})
         )
-    buffers = [torch.zeros(1, 2, 16, 8) for _ in range(4)]
+    buffers = [torch.zeros(1, 2, 16, 8, device=device) for _ in range(4)]
     expected = logits(model, ids[:, :1])[0]
     for name, experts in experts_of(model).items():
         assert len(chosen[name]) == 2
         for number, expert in enumerate(experts):
             if number not in chosen[name]:
                 expert["down_proj"].group.base.scale.fill_(torch.nan)
-    got = capture(ids[:, :1], torch.zeros(1, 1, dtype=torch.int64), buffers)
+    got = capture(ids[:, :1], torch.zeros_like(ids[:, :1]), buffers)
     assert torch.allclose(got, expected, atol=1e-2 * float(expected.abs().max()))
 
 

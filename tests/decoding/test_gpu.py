@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_model, tokens
 from test_batch import LENGTHS, NEW, together, write
 from test_decode import CAPTURED, METHODS, MODES, Recorder, both, captured, variant
+from test_experts import MIXTURES, converted
 from transformers import PreTrainedModel
 
 from rankgate.conversion.calibration import calibrate
@@ -47,6 +48,16 @@ def test_several_sequences(architecture: str, method: str):
         expected, got = both(model, ids, attention_mask=given)
         assert torch.equal(expected, got)
     assert module.captured(model, sequences=3) is not None
+
+
+@pytest.mark.parametrize("method", ["int8", "lrq"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_converted_experts(name: str, method: str):
+    model = converted(name, method).to("cuda")
+    for ids in (tokens(1, 9).cuda(), tokens(3, 5).cuda()):
+        expected, got = both(model, ids)
+        assert torch.equal(expected, got)
+        assert module.captured(model, sequences=len(ids)) is not None
 
 
 def test_one_graph_serves_every_sequence_and_length(monkeypatch: pytest.MonkeyPatch):

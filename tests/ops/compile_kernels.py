@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 
 from rankgate.ops.gpu import attention as attention_gpu
+from rankgate.ops.gpu import chosen as chosen_gpu
 from rankgate.ops.gpu import fragments as fragments_gpu
 from rankgate.ops.gpu import gated as gated_gpu
 from rankgate.ops.gpu import gathered as gathered_gpu
@@ -42,7 +43,7 @@ F32, I32, I64, I8, U8 = torch.float32, torch.int32, torch.int64, torch.int8, tor
 def build(kernel: Any, constants: dict[str, Any], pdl: bool = False, **arguments: Any) -> None:
     """In every shape that it may be tuned to. arguments: a dtype for a pointer, None, or a number."""
     if isinstance(kernel, Autotuner):
-        large = dict.fromkeys(("m", "n", "k", "blocks"), 1 << 12)
+        large = {**dict.fromkeys(("m", "n", "k", "blocks"), 1 << 12), "out": torch.empty(1 << 12, device="meta")}
         possible = kernel.early_config_prune(kernel.configs, large, **constants)
         assert possible
         for config in possible:
@@ -119,6 +120,7 @@ def main() -> None:
     lists: dict[str, Any] = {"column": torch.bfloat16, "threshold": torch.bfloat16, "lists": 4}
     lists |= {"channels": I32, "scaled": F32, "counts": I32}
     plane = {"plane": U8, "row_factor": torch.bfloat16, "extra": F32, "projections": 8}
+    choice = dict.fromkeys(("tables", "chosen"), I64)
     size = {"tokens": 3, "m": 129, "n": 577, "blocks": 10}
     for dtype in (torch.bfloat16, torch.float32):
         for bits, zero, split in itertools.product((4, 8), (None, I8), (1, 2)):
@@ -132,8 +134,14 @@ def main() -> None:
             }
             codes = {"codes": U8 if bits == 4 else I8, "scale": torch.bfloat16, "zero": zero, "one": 1 << 20}
             build(quantized_gpu._multiply, constants, pdl=True, x=dtype, out=dtype, extra=None, **codes, **size)
+            constants.pop("BATCH")
+            build(
+                chosen_gpu._multiply, constants, pdl=True, x=dtype, out=dtype, extra=None, **choice, one=1 << 20, **size
+            )
         both = {"RANK": 16, "REFINED": True, "LISTING": 1024, "OVERLAP": True}
-        build(refined_gpu._produce, {**both, "CHUNK": 512}, pdl=True, x=dtype, **low, **lists, **size)
+        build(refined_gpu.produce, {**both, "CHUNK": 512}, pdl=True, x=dtype, **low, **lists, **size)
+        more = {"x": dtype, "chunks": 2, **low, **lists, **choice, **size}
+        build(chosen_gpu._produce, {**both, "CHUNK": 512}, pdl=True, **more)
         for gated in (True, False):
             more = {"parts": F32, "norms": F32, "k": 130, "x": dtype, "B": dtype, "A": dtype, **size}
             constants = {"GATED": gated, "CHUNKS": 2, "OVERLAP": True}
@@ -159,8 +167,11 @@ def main() -> None:
     codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
     half, constants = torch.float16, {"BITS": 4, "ZERO": False, "SPLIT": 1, "BATCH": 1, "PARTS": 2, "OVERLAP": True}
     build(quantized_gpu._multiply, constants, pdl=True, x=half, out=half, extra=F32, **codes, **size)
+    constants.pop("BATCH")
+    build(chosen_gpu._multiply, constants, pdl=True, x=half, out=half, extra=F32, **choice, one=1 << 20, **size)
     constants = {**both, "CHUNKS": 8, "PARTS": 2, "LISTS": 2, "TOGETHER": 64, "SLOTS": 8}
-    build(refined_gpu._refine, constants, pdl=True, **low, **lists, **plane, **size)
+    build(refined_gpu.refine, constants, pdl=True, **low, **lists, **plane, **size)
+    build(chosen_gpu._refine, constants, pdl=True, chunks=2, extra=F32, **low, **lists, **choice, **size)
     matrices = dict.fromkeys(("rows", "s", "z", "U", "codes", "errors"), F32)
     build(rounding_gpu._round_block, {"B": 64, "M": 32}, **matrices, count=64, m=129, low=0.0, high=15.0)
 

@@ -33,10 +33,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 
 def group(
-    m: int, n: int, bits: int = 4, *, zero: bool = False, rank: int = 0, opened: float = 0.0, size: int = GROUP
+    m: int, n: int, bits: int = 4, *, zero: bool = False, rank: int = 0, opened: float = 0.0, size: int = GROUP, seed=0
 ) -> QuantizedGroup:
     """Random codes; `opened` is the share of channels that a standard normal x opens."""
-    generator = torch.Generator().manual_seed(m + n)
+    generator = torch.Generator().manual_seed(m + n + seed)
 
     def codes(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)

@@ -11,11 +11,15 @@ from test_cpu_kernels import FLOAT32_STEPS, group
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankgate.errors import RankgateError
+from rankgate.experts import tables_of
 from rankgate.ops.attention import attend_reference
 from rankgate.ops.gpu import attention as attention_gpu
+from rankgate.ops.gpu import chosen as chosen_gpu
 from rankgate.ops.gpu import gathered as gathered_gpu
 from rankgate.ops.gpu import linear as linear_gpu
 from rankgate.ops.gpu import quantized as quantized_gpu
+from rankgate.ops.register import ROUTES
 from rankgate.quantized import GROUP_SIZES, QuantizedGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,6 +113,37 @@ def test_a_prompt_finds_every_channel_open(size: int, case: Case, dtype: torch.d
     if quantized.refinement is not None:
         quantized.refinement.gate.threshold.fill_(-1)
     check_against_torch(y, quantized, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_each_row_by_a_group_of_its_own(size: int, case: Case, dtype: torch.dtype):
+    """Of unlike ranks. Groups that no row has hold what would show: scales and factors that are not finite."""
+    m, n, bits, zero, rank, opened, rows = case
+    ranks, like = (rank // 2, rank, 0, rank // 3, 0), {"zero": zero, "opened": opened, "size": size}
+    groups = [group(m, n, bits, rank=r, seed=e, **like).to(DEVICE) for e, r in enumerate(ranks)]
+    chosen = torch.tensor([3, 0, 3, 1, 0, 1, 3, 3][:rows], device=DEVICE)
+    x = torch.randn(rows, n, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
+    for e in {0, 1, 2, 3, 4} - {*chosen.tolist()}:
+        for part in groups[e].parts:
+            if part is not None and part.is_floating_point():
+                part.fill_(torch.nan)
+    tables, parts = tables_of(groups)
+    y = chosen_gpu.linear(x, tables, chosen, parts)
+    assert y.dtype == dtype
+    for row, value, e in zip(x.float(), y.float(), chosen.tolist(), strict=True):
+        expected = groups[e].reference(row)
+        rounding = torch.finfo(dtype).eps * expected.abs() if dtype != torch.float32 else 0
+        assert ((value - expected).abs() <= rounding + bound(groups[e], row[None])[0]).all()
+
+
+def test_groups_that_no_kernel_reads_together_are_refused():
+    for others in (group(65, 70, 8), group(65, 70, size=32), group(65, 70, opened=0.1), group(65, 70, zero=True)):
+        with pytest.raises(RankgateError, match="stored in unlike ways"):
+            tables_of([group(65, 70), others])
+    with pytest.raises(RankgateError, match="not in"):
+        ROUTES["chosen_linear.parts", "CUDA"].call(torch.ones(1, 70, dtype=torch.float64), None, None, [])
 
 
 def test_an_input_that_begins_anywhere():
@@ -206,4 +241,4 @@ def test_kernels_compile_for_a_gpu():
     script = Path(__file__).parent / "compile_kernels.py"
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "_refine" in done.stdout
+    assert "refine" in done.stdout

@@ -11,6 +11,7 @@ from test_cpu_kernels import group
 
 from rankgate import ops
 from rankgate.core import FEW
+from rankgate.experts import tables_of
 from rankgate.ops.gpu import attention as attention_gpu
 from rankgate.ops.register import ROUTES
 
@@ -42,9 +43,10 @@ def call(operator: str, device: str, tokens: int) -> Any:
             q, k, v, keys, values = (noise(1, 2, count, 8) for count in (*[tokens] * 3, 64, 64))
             cache = (keys, values) if operator == "attend" else (attention_gpu.table([keys, values]), 0)
             return registered(q, k, v, *cache, torch.arange(tokens, device=place)[None], 0.3, 0, 0.0, None)
-        case "chosen_linear":
-            expert = group(65, 70)
-            return registered(x, torch.tensor([expert.table()]), torch.zeros(tokens, dtype=torch.int64), 65)
+        case "chosen_linear" | "chosen_linear.parts":
+            expert, chosen = group(65, 70).to(place), torch.zeros(tokens, dtype=torch.int64, device=place)
+            tables, form = (torch.tensor([expert.table()]), 65) if device == "CPU" else tables_of([expert])
+            return registered(x, tables, chosen, form)
         case "round_block":
             return registered(*(noise(8, 8) for _ in range(4)), 0, 15)
     raise ValueError(operator)

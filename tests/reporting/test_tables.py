@@ -2,11 +2,11 @@ import pytest
 from conftest import calibrated, tiny_model, tokens
 
 from rankgate.common.copies import twin
-from rankgate.conversion.convert import convert_
+from rankgate.conversion.convert import LayerReport, convert_
 from rankgate.conversion.evaluation import evaluate
 from rankgate.methods import ASVDConfig, GSIConfig, LRQConfig, SparseConfig
 from rankgate.reporting.pipeline import Conversion, Result
-from rankgate.reporting.tables import HEADERS, describe, markdown, row, verdict
+from rankgate.reporting.tables import HEADERS, describe, layer_rows, markdown, row, verdict
 
 
 @pytest.fixture(scope="module")
@@ -47,4 +47,22 @@ def test_markdown_and_settings():
     assert describe(SparseConfig(keep=0.4).record()) == "sparse keep=0.4" and describe({"name": "int8"}) == "int8"
     assert (
         describe({"name": "gsi", "rank": 0.25, "eps": 0.2, "basis": "context"}) == "gsi k=0.25·n eps=0.2 context basis"
+    )
+
+
+def test_experts_of_a_stack_have_one_row():
+    def expert(number, **more):
+        return LayerReport(f"mlp.experts.{number}.down_proj", "", 8, 4, **more)
+
+    experts = [expert(0, rank=2, kept=0.5), expert(1, rank=3, kept=1.0), expert(2, reason="too large")]
+    others = [LayerReport("layers.3.down_proj", "", 6, 5, 2, 0.25), LayerReport("head", "", 9, 5, reason="dense")]
+    assert layer_rows([*others, *experts, expert(3)], {"mlp.experts"}) == [
+        ("layers.3.down_proj", "6 x 5", "2", "0.2500", ""),
+        ("head", "9 x 5", "-", "-", "dense"),
+        ("mlp.experts.*.down_proj", "4 of 8 x 4", "2-3", "0.7500, least 0.5000", "1: too large"),
+    ]
+    assert layer_rows([expert(e, reason="as asked") for e in range(2)], {"mlp.experts"})[0][2:] == (
+        "-",
+        "-",
+        "as asked",
     )

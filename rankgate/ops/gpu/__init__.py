@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankgate.core import gated as gated_definition
+from rankgate.errors import RankgateError
 from rankgate.ops.register import register
 from rankgate.ops.rounding import round_block_reference
 from rankgate.quantized import linear as linear_definition
@@ -26,8 +27,14 @@ def takes(x: Tensor, *_: Any) -> bool:
     return TRITON and x.dtype != torch.float64
 
 
+def _no_kernel(x: Tensor, *_: Any) -> Tensor:
+    """Raises RankgateError: what an address stands for only a kernel knows."""
+    raise RankgateError(f"chosen experts are multiplied on a GPU by Triton, and not in {x.dtype}")
+
+
 register("gated", "CUDA", "rankgate.ops.gpu.gathered.linear", takes=takes, definition=gated_definition)
 register("quantized_linear.parts", "CUDA", "rankgate.ops.gpu.linear.linear", takes=takes, definition=linear_definition)
+register("chosen_linear.parts", "CUDA", "rankgate.ops.gpu.chosen.linear", takes=takes, definition=_no_kernel)
 register("attend_at", "CUDA", "rankgate.ops.gpu.attention.attend")
 register(
     *("round_block", "CUDA", "rankgate.ops.gpu.rounding.round_block"),

@@ -26,6 +26,10 @@ from rankgate.quantized import groups_of
 
 SMALL = 1 << 22  # weights, below which a launch takes longer than reading them
 ONE = 0x3F800000  # float32 1, an argument because the compiler moves constants to a register for every word
+CONFIGS = [
+    triton.Config({"ROWS": rows, "WORDS": words}, num_warps=warps)  # words < threads: then x needs no exchange
+    for rows, words, warps in ((64, 64, 4), (32, 64, 4), (32, 128, 8), (16, 128, 8), (16, 256, 16), (8, 64, 4))
+]
 
 
 @triton.jit
@@ -84,22 +88,14 @@ def _sum(y, v, zero, group, BITS: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.c
     return y * 128 if BITS == 4 else y
 
 
-def _fitting(configs: list[triton.Config], named: dict[str, int], *, BATCH: int, **__: object) -> list[triton.Config]:
+def fitting(configs: list[triton.Config], named: dict[str, int], *, BATCH: int, **__: object) -> list[triton.Config]:
     """Those whose sums fit into registers; of a small matrix only the last, there is nothing to gain."""
-    fitting = [config for config in configs if config.kwargs["ROWS"] * BATCH <= 128]
-    return fitting if named["m"] * named["blocks"] * 64 >= SMALL else fitting[-1:]
+    fit = [config for config in configs if config.kwargs["ROWS"] * BATCH <= 128]
+    return fit if named["m"] * named["blocks"] * 64 >= SMALL else fit[-1:]
 
 
-@tuned(
-    [
-        triton.Config({"ROWS": rows, "WORDS": words}, num_warps=warps)  # words < threads: then x needs no exchange
-        for rows, words, warps in ((64, 64, 4), (32, 64, 4), (32, 128, 8), (16, 128, 8), (16, 256, 16), (8, 64, 4))
-    ],
-    key=["m", "blocks", "BITS", "BATCH"],
-    fitting=_fitting,
-)
 @triton.jit
-def _multiply(
+def product(
     x,
     out,
     codes,
@@ -123,7 +119,7 @@ def _multiply(
     if PARTS == 0:
         begin(OVERLAP)
     elif OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()  # `refined._produce` has waited for x
+        tl.extra.cuda.gdc_launch_dependents()  # `refined.produce` has waited for x
     PER: tl.constexpr = 2 * BITS  # words of a block of 64
     SIDE: tl.constexpr = 1 if BITS == 4 else SPLIT  # groups of a block side by side: nibbles of two are in each word
     GROUPS: tl.constexpr = WORDS // PER * SIDE
@@ -170,6 +166,9 @@ def _multiply(
     for part in tl.static_range(PARTS):
         y += tl.load(extra + part * tokens * m + place, mask=inside, other=0.0)
     tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
+
+_multiply = tuned(CONFIGS, key=["m", "blocks", "BITS", "BATCH"], fitting=fitting)(product)
 
 
 def gemv(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *added: Tensor | None) -> Tensor:

@@ -2,14 +2,16 @@
 
 Two launches, each of which overlaps with the one before where the hardware can (see `overlap`):
 
-    _produce    z: CHUNK inputs of B, all ranks; and of LISTING channels those that are open, and x_j column_j of each
-    _refine     A z, or the open columns of E in some of the lists, for one token and a strip of 128 rows
+    produce    z: CHUNK inputs of B, all ranks; and of LISTING channels those that are open, and x_j column_j of each
+    refine     A z, or the open columns of E in some of the lists, for one token and a strip of 128 rows
 
 Few bytes, but one memory access after the other: the base, which needs nothing of theirs but at its end, is multiplied
 meanwhile, see `quantized`.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,9 +20,9 @@ from torch import Tensor
 
 from rankgate.ops.gpu.overlap import begin, overlaps
 
-CHUNK = 512  # inputs of a program of `_produce` for z
+CHUNK = 512  # inputs of a program of `produce` for z
 LISTING = 1024  # channels of one for a list
-PROGRAMS = 192  # of `_refine` for a token, about, where there are lists enough
+PROGRAMS = 192  # of `refine` for a token, about, where there are lists enough
 TOGETHER = 64  # open channels that one of them reads together
 SLOTS = 8  # of which so many are in each step: with 16 words of a channel, one word for each thread
 
@@ -68,7 +70,7 @@ def _list(
 
 
 @triton.jit
-def _produce(
+def produce(
     x,
     B,
     factor,
@@ -157,7 +159,7 @@ def _gather(
 
 
 @triton.jit
-def _refine(
+def refine(
     A,
     low,
     plane,
@@ -211,6 +213,38 @@ def _refine(
     tl.store(extra + (part * tokens + token) * m + row, total, mask=row < m)
 
 
+class Launches(NamedTuple):
+    """Sizes of the two launches, what the first leaves to the second (low, channels, scaled, counts), and constants."""
+
+    rank: int
+    chunks: int
+    lists: int
+    parts: int
+    scratch: list[Tensor]
+    producing: dict[str, Any]
+    refining: dict[str, Any]
+
+    @classmethod
+    def of(cls, x: Tensor, m: int, A: Tensor | None, plane: Tensor | None) -> Launches:
+        """For tokens x (tokens, n), A of rank r (m, r) and a refinement plane, one of which may be None."""
+        (tokens, n), rank = x.shape, 0 if A is None else A.shape[1]
+        chunks = triton.cdiv(n, CHUNK) if rank else 0
+        lists = 0 if plane is None else triton.cdiv(n, LISTING)
+        padded_rank = triton.next_power_of_2(rank) if rank else 0
+        some = triton.next_power_of_2(triton.cdiv(lists, max(1, PROGRAMS // triton.cdiv(m, 128)))) if lists else 1
+        parts = triton.cdiv(lists, some) + (rank > 0)
+        overlap = overlaps(x.device)
+        low = x.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
+        channels = x.new_empty(lists * tokens * LISTING, dtype=torch.int32)
+        scaled = x.new_empty(lists * tokens * LISTING, dtype=torch.float32)
+        counts = x.new_empty(lists * tokens, dtype=torch.int32)
+        common = {"RANK": padded_rank, "REFINED": plane is not None, "LISTING": LISTING, "OVERLAP": overlap}
+        common["launch_pdl"] = overlap
+        refining = {"CHUNKS": triton.next_power_of_2(max(1, chunks)), "PARTS": parts, "LISTS": some}
+        refining |= {"TOGETHER": TOGETHER, "SLOTS": SLOTS, **common}
+        return cls(*(rank, chunks, lists, parts, [low, channels, scaled, counts]), {"CHUNK": CHUNK, **common}, refining)
+
+
 def added(
     x: Tensor,
     m: int,
@@ -229,33 +263,16 @@ def added(
     if B is None and plane is None:
         return None
     x = x.contiguous()
-    (tokens, n), rank = x.shape, 0 if B is None else len(B)
-    chunks = triton.cdiv(n, CHUNK) if rank else 0
-    lists = 0 if plane is None else triton.cdiv(n, LISTING)
-    padded_rank = triton.next_power_of_2(rank) if rank else 0
-    some = triton.next_power_of_2(triton.cdiv(lists, max(1, PROGRAMS // triton.cdiv(m, 128)))) if lists else 1
-    parts = triton.cdiv(lists, some) + (rank > 0)
-    overlap = overlaps(x.device)
-    low = x.new_empty(chunks * tokens * padded_rank, dtype=torch.float32)
-    channels = x.new_empty(lists * tokens * LISTING, dtype=torch.int32)
-    scaled = x.new_empty(lists * tokens * LISTING, dtype=torch.float32)
-    counts = x.new_empty(lists * tokens, dtype=torch.int32)
-    extra = x.new_empty((parts, tokens, m), dtype=torch.float32)
-    common = {"RANK": padded_rank, "REFINED": plane is not None, "LISTING": LISTING, "OVERLAP": overlap}
-    _produce[chunks + lists * tokens,](
-        *(x, B, factor, column, threshold, low, channels, scaled, counts, tokens, n, rank, lists),
-        CHUNK=CHUNK,
-        launch_pdl=overlap,
-        **common,
+    (tokens, n), launches = x.shape, Launches.of(x, m, A, plane)
+    low, *found = launches.scratch
+    extra = x.new_empty((launches.parts, tokens, m), dtype=torch.float32)
+    rank, chunks, lists = launches.rank, launches.chunks, launches.lists
+    produce[chunks + lists * tokens,](
+        *(x, B, factor, column, threshold, low, *found, tokens, n, rank, lists),
+        **launches.producing,
     )
-    _refine[triton.cdiv(m, 128) * tokens * parts,](
-        *(A, low, plane, row, channels, scaled, counts, extra, chunks, lists, tokens, m, n, rank),
-        CHUNKS=triton.next_power_of_2(max(1, chunks)),
-        PARTS=parts,
-        LISTS=some,
-        TOGETHER=TOGETHER,
-        SLOTS=SLOTS,
-        launch_pdl=overlap,
-        **common,
+    refine[triton.cdiv(m, 128) * tokens * launches.parts,](
+        *(A, low, plane, row, *found, extra, chunks, lists, tokens, m, n, rank),
+        **launches.refining,
     )
     return extra
