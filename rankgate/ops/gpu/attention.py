@@ -3,9 +3,10 @@
 The address of every layer's keys and values is data, in a small table, and so is the position. The launch is therefore
 the same for every step of whatever sequences, and a CUDA graph that has it outlives the cache it was recorded with.
 
-A program takes one query head of one sequence, one token and every SPLITS-th block of keys. It leaves its maximum, sum
-and mixed values in a scratch; the program that is through last adds up the parts of its head and token. Heads that
-share keys, and tokens, read them again, from the cache of the GPU.
+A program takes the query heads that share a key head of one sequence, one token and every SPLITS-th block of keys: of
+the cache, or of what the key head holds (`attend_held`), its kept rows and then its ring. It leaves the maximum, sum
+and mixed values of each query head in a scratch; the program that is through last adds up the parts. Products are
+those of tensor cores; weights enter them as two numbers, so that their rounding does not show.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+STEP = 128
+from rankgate.ops.gpu.dots import dot
 from rankgate.ops.gpu.overlap import begin, overlaps
 
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
@@ -23,15 +26,30 @@ COUNTERS = 4096  # heads times new tokens, at most
 
 
 def table(buffers: list[Tensor]) -> Tensor:
-    """What `attend` knows of a cache: (3 layers + COUNTERS,) int64 on its device.
+    """What `attend` and `attend_held` know of a cache: (3 or 4 layers + COUNTERS,) int64 on its device.
 
-    For each layer the address of the keys, that of the values, and the capacity; then counters for the heads and new
-    tokens of one layer, zero between launches.
-    buffers: keys and values of every layer, alternating: (B, G, capacity, width), contiguous.
+    For each layer the address of the keys, that of the values, and the capacity, or the addresses of all that its heads
+    hold; then counters for the heads and new tokens of one layer, zero between launches.
+    buffers: keys and values of every layer, alternating: (B, G, capacity, width), contiguous; or keys, values, biases
+    and rows of what the heads of every layer hold, see `ops.attention.attend_held`.
     """
-    pairs = zip(buffers[::2], buffers[1::2], strict=True)
-    fields = [field for k, v in pairs for field in (k.data_ptr(), v.data_ptr(), k.shape[2])]
+    if buffers[0].ndim == 2:
+        fields = [buffer.data_ptr() for buffer in buffers]
+    else:
+        pairs = zip(buffers[::2], buffers[1::2], strict=True)
+        fields = [field for k, v in pairs for field in (k.data_ptr(), v.data_ptr(), k.shape[2])]
     return torch.tensor(fields + [0] * COUNTERS, device=buffers[0].device)
+
+
+@triton.jit
+def _times(weight, value):
+    """weight @ value, with weights in about twice the bits of the values."""
+    if value.dtype == tl.float32:
+        out = dot(weight, value, None, "ieee")
+    else:
+        high = weight.to(value.dtype)
+        out = dot((weight - high.to(tl.float32)).to(value.dtype), value, dot(high, value, None, "ieee"), "ieee")
+    return out
 
 
 @triton.jit
@@ -45,85 +63,110 @@ def _attend(
     out,
     parts,
     sums,
-    heads,
-    share,
+    groups,
     width,
     value_width,
     scale,
     window,
     cap,
     sinks,
+    SHARE: tl.constexpr,
+    LINES: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    STEP: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
-    head, split, token, tokens = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    sequence = head // heads
+    group, split, token, tokens = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    sequence, g = group // groups, group % groups
     first = tl.load(position + sequence * tokens)
     last = first + token
-    earliest = tl.maximum(last + 1 - window, 0) if WINDOW else last * 0
-    begin_block = earliest // BLOCK
-    active = tl.minimum(SPLITS, last // BLOCK + 1 - begin_block)
+    keys, values = tl.load(cache).to(k.dtype), tl.load(cache + 1).to(v.dtype)
+    if STEP:
+        rows = tl.load(cache + 3).to(cache.dtype) + 6 * g
+        start, kept, ring, length = tl.load(rows), tl.load(rows + 1), tl.load(rows + 2), tl.load(rows + 3)
+        earliest = tl.maximum(tl.load(rows + 5), last // STEP * STEP - tl.load(rows + 4))
+        bias = tl.load(cache + 2).to(parts.dtype)
+    else:
+        start, kept, length = last * 0, last * 0, tl.load(cache + 2)
+        ring, earliest = group * length, tl.maximum(last + 1 - window, 0) if WINDOW else last * 0
+    early, begin_block = tl.cdiv(kept, BLOCK), earliest // BLOCK
+    blocks = early + last // BLOCK + 1 - begin_block
+    active = tl.minimum(SPLITS, blocks).to(tl.int32)
     if split >= active:
         return
-    g, i, e = head // share, tl.arange(0, WIDTH), tl.arange(0, VALUE)
-    keys = tl.multiple_of(tl.load(cache).to(k.dtype), 16)
-    values = tl.multiple_of(tl.load(cache + 1).to(v.dtype), 16)
-    start, inside, value_inside = g * tl.load(cache + 2), i < width, e < value_width
-    query = tl.load(q + (head * tokens + token) * width + i, mask=inside, other=0.0).to(tl.float32)
-    new_keys, new_values = k + g * tokens * width, v + g * tokens * value_width
-    if split == 0 and head % share == 0:
+    line, i, e = tl.arange(0, LINES), tl.arange(0, WIDTH), tl.arange(0, VALUE)
+    inside, value_inside = i < width, e < value_width
+    head = group * SHARE + line
+    new_keys, new_values = k + group * tokens * width, v + group * tokens * value_width
+    query_at = q + (head[:, None] * tokens + token) * width + i
+    query = tl.load(query_at, mask=(line[:, None] < SHARE) & inside, other=0.0)
+    if split == 0:
+        at_row = ring + (last % length if STEP else last)
         own_key = tl.load(new_keys + token * width + i, mask=inside, other=0.0)
         own_value = tl.load(new_values + token * value_width + e, mask=value_inside, other=0.0)
-        tl.store(keys + (start + last) * width + i, own_key, mask=inside)
-        tl.store(values + (start + last) * value_width + e, own_value, mask=value_inside)
-    top, total, mixed = -float("inf"), 0.0, tl.zeros((VALUE,), tl.float32)
-    for at in range((begin_block + split) * BLOCK, last + 1, SPLITS * BLOCK):
-        t = at + tl.arange(0, BLOCK)
-        within = (t >= earliest) & (t <= last)
-        old, seen = t < first, within[:, None]  # what is new may not be stored yet
-        key_rows = tl.where(old, keys + (start + t) * width, new_keys + (t - first) * width)
-        value_rows = tl.where(old, values + (start + t) * value_width, new_values + (t - first) * value_width)
-        key = tl.load(key_rows[:, None] + i, mask=seen & inside, other=0.0).to(tl.float32)
-        value = tl.load(value_rows[:, None] + e, mask=seen & value_inside, other=0.0).to(tl.float32)
-        score = tl.sum(key * query[None, :], 1) * scale
+        tl.store(keys + at_row * width + i, own_key, mask=inside)
+        tl.store(values + at_row * value_width + e, own_value, mask=value_inside)
+    top, total = tl.full((LINES,), -float("inf"), tl.float32), tl.zeros((LINES,), tl.float32)
+    mixed = tl.zeros((LINES, VALUE), tl.float32)
+    for block in range(split, blocks, SPLITS):
+        t = (begin_block + block - early) * BLOCK + tl.arange(0, BLOCK)
+        within, row = (t >= earliest) & (t <= last), ring + (t % length if STEP else t)
+        old = t < first  # what is new may not be stored yet
+        if STEP:
+            is_early = block < early
+            place = block * BLOCK + tl.arange(0, BLOCK)
+            within = tl.where(is_early, place < kept, within)
+            row, old = tl.where(is_early, start + place, row), tl.where(is_early, True, old)
+        seen = within[:, None]
+        key_rows = tl.where(old, keys + row * width, new_keys + (t - first) * width)
+        value_rows = tl.where(old, values + row * value_width, new_values + (t - first) * value_width)
+        key = tl.load(key_rows[:, None] + i, mask=seen & inside, other=0.0)
+        value = tl.load(value_rows[:, None] + e, mask=seen & value_inside, other=0.0)
+        score = dot(query.to(key.dtype), tl.trans(key), None, "ieee") * scale
+        if STEP:
+            score += tl.load(bias + row, mask=within & is_early, other=0.0)[None, :]
         if CAP:
             score = cap * (2 * tl.sigmoid(2 * score / cap) - 1)
-        score = tl.where(within, score, -float("inf"))
-        higher = tl.maximum(top, tl.max(score, 0))
-        weight, shrink = tl.exp(score - higher), tl.exp(top - higher)
-        total = total * shrink + tl.sum(weight, 0)
-        mixed = mixed * shrink + tl.sum(weight[:, None] * value, 0)
+        score = tl.where(within[None, :], score, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight, shrink = tl.exp(score - higher[:, None]), tl.exp(top - higher)
+        total = total * shrink + tl.sum(weight, 1)
+        mixed = mixed * shrink[:, None] + _times(weight, value)
         top = higher
     if SINKS and split == 0:
-        sink = tl.load(sinks + head % heads)
+        sink = tl.load(sinks + g * SHARE + line, mask=line < SHARE, other=0.0)
         higher = tl.maximum(top, sink)
         shrink = tl.exp(top - higher)
-        total, mixed, top = total * shrink + tl.exp(sink - higher), mixed * shrink, higher
-    place, line = (sequence * tokens + token) * heads + head % heads, tl.arange(0, SPLITS)
+        total, mixed, top = total * shrink + tl.exp(sink - higher), mixed * shrink[:, None], higher
+    places = ((sequence * tokens + token) * groups + g) * SHARE
+    each = (places + line)[:, None]
     if active == 1:
-        tl.store(out + place * value_width + e, (mixed / total).to(out.dtype.element_ty), mask=value_inside)
+        y = (mixed / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + each * value_width + e, y, mask=(line[:, None] < SHARE) & value_inside)
     else:
-        own, every = place * SPLITS + split, place * SPLITS + line
-        tl.store(parts + own * VALUE + e, mixed)
-        tl.store(sums + 2 * own, top)
-        tl.store(sums + 2 * own + 1, total)
+        own = (places + line) * SPLITS + split
+        tl.store(parts + own[:, None] * VALUE + e, mixed, mask=line[:, None] < SHARE)
+        tl.store(sums + 2 * own, top, mask=line < SHARE)
+        tl.store(sums + 2 * own + 1, total, mask=line < SHARE)
         tl.debug_barrier()
-        if tl.atomic_add(counters + place, 1, sem="acq_rel") == active - 1:
-            tl.store(counters + place, 0)
-            known = line < active
-            tops = tl.load(sums + 2 * every, mask=known, other=-float("inf"), cache_modifier=".cg")
-            weights = tl.exp(tops - tl.max(tops, 0))
-            whole = tl.sum(weights * tl.load(sums + 2 * every + 1, mask=known, other=0.0, cache_modifier=".cg"), 0)
-            part = tl.load(parts + every[:, None] * VALUE + e, mask=known[:, None], other=0.0, cache_modifier=".cg")
-            y = tl.sum(weights[:, None] * part, 0) / whole
-            tl.store(out + place * value_width + e, y.to(out.dtype.element_ty), mask=value_inside)
+        if tl.atomic_add(counters + places // SHARE, 1, sem="acq_rel") == active - 1:
+            tl.store(counters + places // SHARE, 0)
+            found = tl.arange(0, SPLITS)
+            for one in range(SHARE):
+                every, known = (places + one) * SPLITS + found, found < active
+                tops = tl.load(sums + 2 * every, mask=known, other=-float("inf"), cache_modifier=".cg")
+                weights = tl.exp(tops - tl.max(tops, 0))
+                whole = tl.sum(weights * tl.load(sums + 2 * every + 1, mask=known, other=0.0, cache_modifier=".cg"), 0)
+                part = tl.load(parts + every[:, None] * VALUE + e, mask=known[:, None], other=0.0, cache_modifier=".cg")
+                y = (tl.sum(weights[:, None] * part, 0) / whole).to(out.dtype.element_ty)
+                tl.store(out + (places + one) * value_width + e, y, mask=value_inside)
 
 
 def attend(
@@ -152,40 +195,74 @@ def attend(
         cap: c, 0 for none.
         sinks: z, (H,) float32.
 
-    Returns (B, T, H, e). Raises ValueError if B H T is more than 4,096.
+    Returns (B, T, H, e). Raises ValueError if B G T is more than 4,096.
     """
+    return _launch(q, k, v, cache[3 * layer :], cache, position, scale, window, cap, sinks, 0)
+
+
+def attend_held(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position: Tensor, scale: float) -> Tensor:
+    """`ops.attention.attend_held` of one token, with what the heads of `layer` hold found through `cache`.
+
+    Args:
+        q: (1, H, 1, d), with H a multiple of G.
+        k: (1, G, 1, d).
+        v: (1, G, 1, e).
+        cache: see `table`.
+        layer: which of its layers.
+        position: (1, 1) int64.
+        scale: s.
+
+    Returns (1, 1, H, e).
+    """
+    return _launch(q, k, v, cache[4 * layer :], cache, position, scale, 0, 0.0, None, STEP)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: Tensor,
+    cache: Tensor,
+    position: Tensor,
+    scale: float,
+    window: int,
+    cap: float,
+    sinks: Tensor | None,
+    step: int,
+) -> Tensor:
     (sequences, heads, tokens, width), (_, groups, _, value_width) = q.shape, v.shape
-    everything = sequences * heads * tokens
-    if everything > COUNTERS:
-        raise ValueError(f"{heads} heads for {sequences * tokens} tokens are more than {COUNTERS}")
-    splits = min(64, triton.next_power_of_2(triton.cdiv(PROGRAMS, sequences * heads)))
+    if sequences * groups * tokens > COUNTERS:
+        raise ValueError(f"{groups} key heads for {sequences * tokens} tokens are more than {COUNTERS}")
+    splits = min(64, triton.next_power_of_2(triton.cdiv(PROGRAMS, sequences * groups)))
     overlap = overlaps(q.device)
-    VALUE = triton.next_power_of_2(value_width)
+    VALUE = max(16, triton.next_power_of_2(value_width))
     out = q.new_empty((sequences, tokens, heads, value_width))
-    parts = q.new_empty(everything * splits * VALUE, dtype=torch.float32)
-    sums = q.new_empty(everything * splits * 2, dtype=torch.float32)
-    _attend[sequences * heads, splits, tokens](
+    parts = q.new_empty(sequences * heads * tokens * splits * VALUE, dtype=torch.float32)
+    sums = q.new_empty(sequences * heads * tokens * splits * 2, dtype=torch.float32)
+    _attend[sequences * groups, splits, tokens](
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        cache[3 * layer :],
+        layer,
         cache[-COUNTERS:],
         position,
         out,
         parts,
         sums,
-        heads,
-        heads // groups,
+        groups,
         width,
         value_width,
         scale,
         window,
         cap,
         q if sinks is None else sinks,
-        WIDTH=triton.next_power_of_2(width),
+        SHARE=heads // groups,
+        LINES=max(16, triton.next_power_of_2(heads // groups)),
+        WIDTH=max(16, triton.next_power_of_2(width)),
         VALUE=VALUE,
         BLOCK=BLOCK,
         SPLITS=splits,
+        STEP=step,
         WINDOW=window > 0,
         CAP=cap > 0,
         SINKS=sinks is not None,

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankgate.ops.gpu import gated
+from rankgate.ops.gpu.dots import dot
 
 TOGETHER = 64  # tokens that a program of `_multiply` takes without a list
 BLOCK = 1024  # of x and z that `_gate` takes at once
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # whose dot takes bfloat16 for integers
 
 
 @triton.jit
@@ -63,9 +63,7 @@ def _multiply(
             j = start + tl.arange(0, COLUMNS)
             v = tl.load(x + token[:, None] * n + j[None, :], mask=opened[:, None] & (j < n)[None, :], other=0.0)
             w = tl.load(W + rows + j[:, None], mask=(row < m)[None, :] & (j < n)[:, None], other=0.0)
-            if _INTERPRETED:
-                v, w = v.to(tl.float32), w.to(tl.float32)
-            total = tl.dot(v, w, total, input_precision="ieee")
+            total = dot(v, w, total, "ieee")
         place = y + token[:, None] * m + row[None, :]
         tl.store(place, total.to(y.dtype.element_ty), mask=opened[:, None] & (row < m)[None, :])
 

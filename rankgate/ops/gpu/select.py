@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankgate.ops.gpu.dots import dot
+
 TILE = 128  # tokens on either side of a product
 CHUNK, NARROW_CHUNK = (
     1024,
@@ -35,7 +37,7 @@ def _cosines(x, rows, columns, width, TILE: tl.constexpr, DEPTH: tl.constexpr):
         inside = at + i[None, :] < width
         a = tl.load(left + at + i[None, :], mask=inside, other=0.0)
         b = tl.load(right + at + i[None, :], mask=inside, other=0.0)
-        out = tl.dot(a, tl.trans(b), out)
+        out = dot(a, tl.trans(b), out, "tf32")
     return tl.minimum(out, 1.0)
 
 

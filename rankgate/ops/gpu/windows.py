@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankgate.ops.gpu.dots import dot
+
 TILE = 64  # keys read together
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -54,14 +56,14 @@ def _tile(
         key, value = tl.load(keys), tl.load(values)
     else:
         key, value = tl.load(keys, mask=inside, other=0.0), tl.load(values, mask=value_inside, other=0.0)
-    score = tl.dot(query, tl.trans(key)) * scale
+    score = dot(query, tl.trans(key), None, "tf32") * scale
     if BIAS:
         score += (bias * LOG2E)[None, :]
     if MASKED:
         score = tl.where(seen, score, -float("inf"))
     higher = tl.maximum(top, tl.max(score, 1))
     weight, shrink = tl.math.exp2(score - higher[:, None]), tl.math.exp2(top - higher)
-    mixed = tl.dot(weight.to(value.dtype), value, mixed * shrink[:, None])
+    mixed = dot(weight.to(value.dtype), value, mixed * shrink[:, None], "tf32")
     return higher, total * shrink + tl.sum(weight, 1), mixed
 
 
