@@ -102,7 +102,7 @@ def rows_of(states: list[Tensor], taken: tuple[Tensor, Tensor, Tensor, float]) -
     held: dict[str, list[Strand]] = {}
     for name, own in SETTINGS.items():
         heads = k.shape[1]
-        parts = [slice(0, heads)] if name.startswith("windowed") else [slice(h, h + 1) for h in range(heads)]
+        parts = [list(range(heads))] if name.startswith("windowed") else [[h] for h in range(heads)]
 
         def read(parts: list[slice] = parts, own: Heads = own) -> list[Strand]:
             strands = [Strand(part, own, SINKS) for part in parts]

@@ -135,7 +135,7 @@ def _tried(
         for h in range(k.shape[1]):
             rows = []
             for own in candidates:
-                strand = Strand(slice(h, h + 1), own, SINKS)
+                strand = Strand([h], own, SINKS)
                 mine = strand.queries(per_key)
                 few = strand.attend(q[0, mine], k[0, h : h + 1], v[0, h : h + 1], None, None, scale)
                 error = (few - y[0, mine]).float().square().mean(1)

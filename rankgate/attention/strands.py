@@ -1,7 +1,7 @@
 """The keys of one sequence that some heads still hold: reading them, adding to them, letting go of them.
 
-A window moves STEP tokens at a time: query t sees the tokens of its own step before it, and `window` more. So what a
-head holds only changes from step to step, and kernels read whole blocks.
+A window moves STEP tokens at a time (`ops.attention`): query t sees the tokens of its own step before it, and `window`
+more. So what a head holds only changes from step to step, and kernels read whole blocks.
 
 A block of queries comes, reads what it may, and then the represented tokens that no later query may see are dropped for
 good. So a prompt is read in blocks, and decoding is a block of one token.
@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankgate.attention.select import Selection, extend, unit
+from rankgate.ops.attention import ALWAYS, horizon
 
 BLOCK = 256  # queries that read together
-STEP = 64  # tokens after which windows move
-ALWAYS = 1 << 40  # tokens: a window that is never left
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,12 @@ class Heads:
 class Strand:
     """Keys (heads × L × width) and values of the tokens of one sequence that some heads still hold, in order.
 
-    position, chosen, owner: (L,) of a token, whether it is a representative, and the position of its own. count: (L,)
-    of dropped tokens that a token stands for. states: (r × d) of the representatives, None where keys are compared.
+    heads: their numbers. position, chosen, owner: (L,) of a token, whether it is a representative, and the position of
+    its own. count: (L,) of dropped tokens that a token stands for. states: (r × d) of the representatives, None where
+    keys are compared.
     """
 
-    heads: slice
+    heads: list[int]
     own: Heads
     sinks: int
     seen: int = 0
@@ -55,11 +55,11 @@ class Strand:
 
     def horizon(self, t: Tensor) -> Tensor:
         """The first token that queries at positions t see in their windows."""
-        return t // STEP * STEP - self.window
+        return horizon(t, self.window)
 
-    def queries(self, per_key: int) -> slice:
+    def queries(self, per_key: int) -> list[int]:
         """The query heads that read it, `per_key` for each of its key heads."""
-        return slice(self.heads.start * per_key, self.heads.stop * per_key)
+        return [h * per_key + i for h in self.heads for i in range(per_key)]
 
     @property
     def nbytes(self) -> int:

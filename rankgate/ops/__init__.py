@@ -11,6 +11,7 @@ registers what it does better, below; nobody above chooses between kernels.
     quantized_linear.parts  CUDA    1-      ops/gpu/linear.py      quantized.py, fragments.py, unpack.py
     chosen_linear           CPU     1-      ops/cpu/quantized.py   each token by an expert of its own
     attend                  CPU     1-1     ops/cpu/attention.py   over the cache of a layer
+    attend_held             CPU     1-1     ops/cpu/attention.py   over what its heads still hold
     attend_at               CUDA    1-      ops/gpu/attention.py   over a cache found through a table
     round_block             CPU     -       ops/cpu/rounding.py    while converting
     round_block             CUDA    -       ops/gpu/rounding.py    while converting

@@ -21,6 +21,7 @@ from rankgate.attention.strands import Heads
 from rankgate.conversion.convert import convert_
 from rankgate.errors import RankgateError
 from rankgate.methods import LRQConfig
+from rankgate.ops import attention as windows
 
 MODELS = ("llama", "qwen2", "gpt2", "opt")
 PAPER, WINDOWED = AttentionConfig("paper", 0.9), AttentionConfig("windowed", 0.9, window=5, sinks=2)
@@ -28,7 +29,7 @@ PAPER, WINDOWED = AttentionConfig("paper", 0.9), AttentionConfig("windowed", 0.9
 
 @pytest.fixture(autouse=True)
 def windows_move_often(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(strands, "STEP", 4)
+    monkeypatch.setattr(windows, "STEP", 4)
 
 
 def states(count: int = 70, width: int = 6, seed: int = 0) -> Tensor:
@@ -147,10 +148,10 @@ def test_windowed_attention_is_its_definition(block: int, monkeypatch: pytest.Mo
     q, k, v = (torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     found = select(unit(k[0]), 0.7)
     expected = windowed_by_definition(q[0], k[0], v[0], found.chosen, found.owner, 4, 2)
-    strand = strands.Strand(slice(0, 1), Heads(4, 0.7), 2)
+    strand = strands.Strand([0], Heads(4, 0.7), 2)
     torch.testing.assert_close(strand.attend(q, k, v, None, None, 8**-0.5)[0], expected)
     assert strand.keys.shape[1] == strand.table.shape[1] < 30
-    known = strands.Strand(slice(0, 1), Heads(4, 0.7), 2)
+    known = strands.Strand([0], Heads(4, 0.7), 2)
     torch.testing.assert_close(known.attend(q, k, v, unit(k[0]), found, 8**-0.5)[0], expected)
 
 
@@ -161,7 +162,7 @@ def test_the_paper_rule_is_its_definition():
     logits = (q[0, r] @ k[0, r].T / 8**0.5).masked_fill(torch.ones(len(r), len(r)).triu(1).bool(), -torch.inf)
     outputs = torch.zeros(30, 8)
     outputs[r] = logits.softmax(1) @ v[0, r]
-    strand = strands.PaperStrand(slice(0, 1), Heads(1, 0.8), 0)
+    strand = strands.PaperStrand([0], Heads(1, 0.8), 0)
     y = strand.attend(q, k, v, unit(x[0]), found, 8**-0.5)
     torch.testing.assert_close(y[0], outputs[found.owner])
     assert strand.keys.shape[1] == len(r) < 30
