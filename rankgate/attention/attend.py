@@ -94,9 +94,8 @@ class TokenSelection:
         if any(module in _active for module in model.modules()):
             raise RankgateError("the model attends to selected tokens already; remove that first")
         self.selections: list[list[Selection]] = []
-        self.read, self.pairs = torch.zeros((), dtype=torch.int64), 0
+        self.read, self.pairs = 0, 0
         self._strands: list[list[list[Strand]]] = []  # by layer and sequence
-        self._read_in_steps = 0  # keys
         self._before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
         self._handles = [caller.register_forward_pre_hook(self._begin, with_kwargs=True)]
@@ -122,7 +121,7 @@ class TokenSelection:
     @property
     def share(self) -> float:
         """Keys read over those of dense attention."""
-        return (self.read.item() + self._read_in_steps) / max(1, self.pairs)
+        return self.read / max(1, self.pairs)
 
     @property
     def hooks(self) -> set[int]:
@@ -130,8 +129,8 @@ class TokenSelection:
         return {handle.id for handle in self._handles}
 
     def count(self, read: int, pairs: int) -> None:
-        """Keys that a captured step has read, and dense attention would have read."""
-        self._read_in_steps += read
+        """Add keys read, and what dense attention would have read."""
+        self.read += read
         self.pairs += pairs
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -189,8 +188,7 @@ class TokenSelection:
                 mine = q[b, queries][:, present], k[b, keys][:, present], v[b, keys][:, present]
                 y = strand.attend(*mine, states, selection, scale)
                 out[b, present[:, None], torch.tensor(queries)] = y.transpose(0, 1)
-                self.read = self.read.to(q.device) + strand.read
-                self.pairs += strand.pairs
+                self.count(strand.read, strand.pairs)
         return out
 
     def _new_strands(self, layer: int, heads: int) -> Iterator[Strand]:

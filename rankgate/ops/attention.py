@@ -36,6 +36,11 @@ def horizon(t: Place, window: int) -> Place:
     return t // STEP * STEP - window
 
 
+def step_end(t: int) -> int:
+    """The first token after the step of token t."""
+    return t // STEP * STEP + STEP
+
+
 def ring_length(window: int) -> int:
     """Rows of a ring for such a window."""
     return -(-window // STEP) * STEP + STEP
