@@ -11,7 +11,9 @@ from rankgate.attention import held
 from rankgate.attention.attend import AttentionConfig, select_tokens_
 from rankgate.attention.strands import Heads
 from rankgate.decoding import steps
+from rankgate.decoding.exact import exact_generate
 from rankgate.decoding.loop import decode
+from rankgate.errors import RankgateError
 from rankgate.ops import attention as windows
 from rankgate.ops.attention import attend_held_reference
 from rankgate.ops.cpu.attention import attend, attend_held
@@ -102,6 +104,12 @@ def test_what_is_not_captured_is_left_to_the_model(config: AttentionConfig):
         with pytest.warns(UserWarning, match="fast path: attention to"):
             got = model.generate(ids, **OPTIONS, custom_generate=decode)
     assert torch.equal(expected, got)
+
+
+def test_exact_mode_is_refused():
+    model, draft = variant("llama", "dense"), variant("llama", "lrq")
+    with select_tokens_(draft, AttentionConfig(heads=KINDS["all"])), pytest.raises(RankgateError, match="fewer keys"):
+        exact_generate(model, draft, tokens(1, 5), **OPTIONS)
 
 
 def test_other_hooks_are_still_a_reason():
