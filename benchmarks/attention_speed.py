@@ -4,8 +4,9 @@
 
 One layer in the middle of SmolLM2-135M and real text. Prefill: choosing representatives anew, by cascade, and reading
 all queries, against scaled_dot_product_attention of the same queries, keys and values. Decoding: one query, its
-selection included, against the same. Also bytes of the cache. Times are the medians of repeats in turn, as ratios; the
-absolute ones are kept for GPUs only, where the model is bfloat16. A quiet machine, ten minutes on two cores.
+selection included, against the same; and by head on a CPU, attention of a captured step against that of dense ones.
+Also bytes of the cache. Times are the medians of repeats in turn, as ratios; the absolute ones are kept for GPUs only,
+where the model is bfloat16. A quiet machine, ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rankgate.attention.attend import decoder
+from rankgate.attention.held import HeldRows
 from rankgate.attention.probe import dense, probing
 from rankgate.attention.select import Selection, cascade, select, unit
 from rankgate.attention.strands import Heads, Strand
 from rankgate.hub.opening import Opened, open_dense
+from rankgate.ops.cpu import team
+from rankgate.ops.cpu.attention import Attention
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-LAYER, REPEATS, SINKS = 15, 5, 4
+LAYER, REPEATS, SINKS, REPLAYS = 15, 5, 4, 100
 SETTINGS = {  # of key heads: all alike by the layer's states, or each by its own keys
     "windowed, τ = 0.3, w = 128": Heads(128, 0.3),
     "by head: w = 128, τ = 0.4": Heads(128, 0.4),
@@ -102,12 +106,13 @@ def rows_of(states: list[Tensor], taken: tuple[Tensor, Tensor, Tensor, float]) -
     held: dict[str, list[Strand]] = {}
     for name, own in SETTINGS.items():
         heads = k.shape[1]
-        parts = [slice(0, heads)] if name.startswith("windowed") else [slice(h, h + 1) for h in range(heads)]
+        together = name.startswith("windowed") or own.tau is None
+        parts = [list(range(heads))] if together else [[h] for h in range(heads)]
 
-        def read(parts: list[slice] = parts, own: Heads = own) -> list[Strand]:
+        def read(parts: list[list[int]] = parts, own: Heads = own) -> list[Strand]:
             strands = [Strand(part, own, SINKS) for part in parts]
             for strand in strands:
-                attend(strand, (q, k, v), x, anew if len(parts) == 1 else None, scale)
+                attend(strand, (q, k, v), x, anew, scale)
             return strands
 
         def read_one(name: str = name) -> list[Tensor]:
@@ -116,6 +121,11 @@ def rows_of(states: list[Tensor], taken: tuple[Tensor, Tensor, Tensor, float]) -
         held[name] = read()
         calls[name] = read
         calls[f"{name}, decoding"] = read_one
+        if device == "cpu" and not name.startswith("windowed"):
+            calls[f"{name}, captured"] = replays(one, HeldRows(held[name], 2 * k.shape[2]).buffers, k.shape[2], scale)
+    if device == "cpu":
+        cache = [F.pad(t, (0, 0, 0, t.shape[2])) for t in (k, v)]
+        calls["dense, captured"] = replays(one, cache, k.shape[2], scale)
     seconds = {name: statistics.median(times) for name, times in in_turn(calls, REPEATS, device).items()}
 
     def ratio(name: str, dense: str, key: str, prefix: str = "") -> Row:
@@ -130,18 +140,31 @@ def rows_of(states: list[Tensor], taken: tuple[Tensor, Tensor, Tensor, float]) -
     for name, strands in held.items():
         cache = sum(strand.nbytes for strand in strands) / (k.nbytes + v.nbytes)
         step_ratio = ratio(f"{name}, decoding", "dense, decoding", "decode", "decode_")
-        out.append({"what": name, **ratio(name, "dense", "x dense"), **step_ratio, "cache": cache})
+        captured = f"{name}, captured"
+        replay_ratio = ratio(captured, "dense, captured", "captured") if captured in seconds else {}
+        out.append({"what": name, **ratio(name, "dense", "x dense"), **step_ratio, **replay_ratio, "cache": cache})
     return out
+
+
+def replays(one: tuple[Tensor, ...], cache: list[Tensor], at: int, scale: float) -> Callable[[], None]:
+    """Attention of a captured step for one token at a position, REPLAYS times."""
+    out, position = torch.empty(1, 1, one[0].shape[1], one[2].shape[3]), torch.tensor([[at]])
+    given = [t.contiguous() for t in one]
+    attention = Attention(*given, cache, position, scale=scale, window=0, cap=0.0, sinks=None, out=out)
+    program = team.program(attention.rows * REPLAYS)
+    kept = given, cache, position, out, attention
+    return lambda: team.run(program) if kept else None
 
 
 def attend(
     strand: Strand, qkv: tuple[Tensor, Tensor, Tensor], x: Tensor, selection: Selection | None, scale: float
 ) -> Tensor:
+    """By the layer's states, which `selection` is among, if all heads read together; else by the head's own keys."""
     q, k, v = qkv
-    per_key = q.shape[1] // k.shape[1]
-    mine, queries = strand.heads, strand.queries(per_key)
-    states = x if strand.heads.stop - strand.heads.start == k.shape[1] else None
-    return strand.attend(q[0, queries], k[0, mine], v[0, mine], states, selection, scale)
+    queries = strand.queries(q.shape[1] // k.shape[1])
+    by_states = len(strand.heads) == k.shape[1]
+    states, known = (x, selection) if by_states else (None, None)
+    return strand.attend(q[0, queries], k[0, strand.heads], v[0, strand.heads], states, known, scale)
 
 
 def of(what: str, key: str) -> Callable[[Row], float]:
@@ -180,6 +203,7 @@ def section(content: Content) -> str:
     kinds = [what for what in rows[0] if what not in ("length", "select", "cascade")]
     reading = {what: cell(prefill(what)) for what in kinds}
     steps = {f"{what}: step": cell(of(what, "decode")) for what in kinds}
+    steps |= {f"{what}: captured": cell(of(what, "captured")) for what in kinds if "captured" in rows[0][what]}
     caches = {f"{what}: cache": cell(of(what, "cache")) for what in kinds}
     pays = "\n".join(
         f"- {what}: prefill {pays_from(rows, prefill(what))}, decoding {pays_from(rows, of(what, 'decode'))}"
@@ -194,7 +218,7 @@ by cascade). {source(content)}
 
 {table(rows, LENGTH, CHOOSING, reading)}
 
-One new token, and bytes of the cache, likewise:
+One new token, and bytes of the cache, likewise. *captured*: attention of a captured step, against a dense one's.
 
 {table(rows, LENGTH, steps, caches)}
 

@@ -2,7 +2,7 @@
 
     paper      Queries, keys and values of representatives only; a represented token takes the output of the one that
                stands for it. (Activation Decorrelation Attention)
-    windowed   Every query, on the last tokens (`window` of them before its own step of 64, see `strands`), the first
+    windowed   Every query, on the last tokens (`window` of them before its own step, see `strands`), the first
                `sinks`, and the representatives before them. The logit of a representative gets + log(1 + c), where c
                tokens that the query does not see are its own.
 
@@ -38,7 +38,8 @@ from rankgate.errors import RankgateError
 from rankgate.ops.gpu import has_triton
 
 NAME = "rankgate_tokens"  # in transformers' registry
-_active: weakref.WeakKeyDictionary[nn.Module, TokenSelection] = weakref.WeakKeyDictionary()  # by module of a layer
+# by module of a layer, and by the model
+_active: weakref.WeakKeyDictionary[nn.Module, TokenSelection] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,12 @@ class TokenSelection:
         if any(module in _active for module in model.modules()):
             raise RankgateError("the model attends to selected tokens already; remove that first")
         self.selections: list[list[Selection]] = []
-        self.read, self.pairs = torch.zeros((), dtype=torch.int64), 0
+        self.read, self.pairs = 0, 0
         self._strands: list[list[list[Strand]]] = []  # by layer and sequence
         self._before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
         self._handles = [caller.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        _active[model] = self
         for i, layer in enumerate(self.layers):
             _active.update(dict.fromkeys(layer.modules(), self))
             self._handles.append(layer.register_forward_pre_hook(self._states_of(i), with_kwargs=True))
@@ -107,9 +109,8 @@ class TokenSelection:
         """Give the model its own attention back."""
         for handle in self._handles:
             handle.remove()
-        for layer in self.layers:
-            for module in layer.modules():
-                _active.pop(module, None)
+        for module in (self.model, *self.layers.modules()):
+            _active.pop(module, None)
         self.model.set_attn_implementation(self._before)
 
     def __enter__(self) -> TokenSelection:
@@ -121,10 +122,22 @@ class TokenSelection:
     @property
     def share(self) -> float:
         """Keys read over those of dense attention."""
-        return self.read.item() / max(1, self.pairs)
+        return self.read / max(1, self.pairs)
 
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    @property
+    def hooks(self) -> set[int]:
+        """Numbers of its own hooks on the model's modules."""
+        return {handle.id for handle in self._handles}
+
+    def count(self, read: int, pairs: int) -> None:
+        """Add keys read, and what dense attention would have read."""
+        self.read += read
+        self.pairs += pairs
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the first layer: which tokens are there, and what is the past."""
+        if self.model.config._attn_implementation != NAME:  # while a step is traced
+            return None
         given = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
         tokens: Tensor = args[0] if given is None else given
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
@@ -188,21 +201,28 @@ class TokenSelection:
                 queries = strand.queries(len(q) // len(k))
                 parts = q[queries], k[strand.heads], v[strand.heads]
                 out[:, queries] = strand.attend(*parts, states, selection, scale).transpose(0, 1)
-        self.read = self.read.to(q.device) + sum(strand.read for strand in strands)
-        self.pairs += sum(strand.pairs for strand in strands)
+        self.count(sum(strand.read for strand in strands), sum(strand.pairs for strand in strands))
         return out
 
     def _new_strands(self, layer: int, heads: int) -> Iterator[Strand]:
         config = self.config
         if config.heads is None:
-            every = slice(0, heads)
+            every = list(range(heads))
             exact = Heads(config.window, config.tau)
             yield PaperStrand(every, exact, 0) if config.rule == "paper" else Strand(every, exact, config.sinks)
             return
         if len(config.heads[layer]) != heads:
             raise RankgateError(f"heads are given for {len(config.heads[layer])} key heads, layer {layer} has {heads}")
+        alike: dict[Any, list[int]] = {}  # representatives are each head's own
         for i, own in enumerate(config.heads[layer]):
-            yield Strand(slice(i, i + 1), own, config.sinks)
+            alike.setdefault(own if own.tau is None else i, []).append(i)
+        for group in alike.values():
+            yield Strand(group, config.heads[layer][group[0]], config.sinks)
+
+
+def selection_of(model: nn.Module) -> TokenSelection | None:
+    """What `select_tokens_` did to `model`, if it did."""
+    return _active.get(model)
 
 
 def decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

@@ -135,11 +135,11 @@ def _tried(
         for h in range(k.shape[1]):
             rows = []
             for own in candidates:
-                strand = Strand(slice(h, h + 1), own, SINKS)
+                strand = Strand([h], own, SINKS)
                 mine = strand.queries(per_key)
                 few = strand.attend(q[0, mine], k[0, h : h + 1], v[0, h : h + 1], None, None, scale)
                 error = (few - y[0, mine]).float().square().mean(1)
-                rows.append((0.5 * (error * sensitivity[layer][mine]).sum().item(), strand.read.item() / strand.pairs))
+                rows.append((0.5 * (error * sensitivity[layer][mine]).sum().item(), strand.read / strand.pairs))
             found = torch.tensor(rows, dtype=torch.float64)
             losses[layer, h] = losses.get((layer, h), 0) + found[:, 0] / len(windows)
             shares[layer, h] = shares.get((layer, h), 0) + found[:, 1] / len(windows)

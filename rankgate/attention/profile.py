@@ -76,7 +76,7 @@ def profile(
         found = sets.selections(states[-1], layer)
         off = {}
         for kind in KINDS if errors else ():
-            strand = Strand(slice(0, k.shape[1]), Heads(config.window, config.tau), config.sinks)
+            strand = Strand(list(range(k.shape[1])), Heads(config.window, config.tau), config.sinks)
             few = strand.attend(q[0], k[0], v[0], states[-1], found[kind], scale)
             off[kind] = (torch.linalg.vector_norm(few - y[0]) / torch.linalg.vector_norm(y)).item()
         out[-1].append(sets.compare(found, off))

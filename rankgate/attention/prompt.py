@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankgate.attention import strands as module
+from rankgate.attention.probe import dense
 from rankgate.attention.select import Selection, select_each, unit
-from rankgate.attention.strands import PaperStrand, Strand, attention
+from rankgate.attention.strands import PaperStrand, Strand
+from rankgate.ops import attention
 from rankgate.ops.gpu.windows import Kept
 from rankgate.ops.gpu.windows import attend as attend_windows
 
@@ -45,22 +46,26 @@ def attend_prompt(
     return out
 
 
-def _size(strand: Strand) -> int:
-    """Its key heads."""
-    heads: int = strand.heads.stop - strand.heads.start
-    return heads
-
-
 def _start(strand: Strand, tokens: int) -> int:
     """The first token, but for what is kept, that it holds after so many."""
-    return max(tokens // module.STEP * module.STEP - strand.window, min(strand.sinks, tokens))
+    return max(attention.horizon(tokens, strand.window), min(strand.sinks, tokens))
+
+
+@functools.lru_cache
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(heads, device=device)
+
+
+def _of(strand: Strand, x: Tensor) -> Tensor:
+    """The heads (of G × …) that it is about."""
+    return x[_index(tuple(strand.heads), x.device)]
 
 
 def _heads(strands: list[Strand], counts: list[int], device: torch.device) -> Tensor:
     """What `attend_windows` takes. counts: of each strand, the kept keys of a head."""
     rows, key, bias = [], 0, 0
     for strand, count in zip(strands, counts, strict=True):
-        for head in range(strand.heads.start, strand.heads.stop):
+        for head in strand.heads:
             rows.append((head, min(strand.window, FAR), key, bias))
             key += count
         bias += count
@@ -70,21 +75,22 @@ def _heads(strands: list[Strand], counts: list[int], device: torch.device) -> Te
 def _read_windows(strands: list[Strand], q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
     """What strands without representatives read, and hold then."""
     tokens, sinks = k.shape[1], strands[0].sinks
-    attend_windows(q, k, v, _heads(strands, [0] * len(strands), k.device), sinks, None, scale, module.STEP, out)
+    attend_windows(q, k, v, _heads(strands, [0] * len(strands), k.device), sinks, None, scale, attention.STEP, out)
     for strand in strands:
-        start = _start(strand, tokens)
-        strand.pairs = _size(strand) * tokens * (tokens + 1) // 2
-        strand.read = strand.pairs - _size(strand) * _unread(strand.window, sinks, tokens)
-        strand.keys, strand.values = (torch.cat([x[strand.heads, :sinks], x[strand.heads, start:]], 1) for x in (k, v))
+        start, heads = _start(strand, tokens), len(strand.heads)
+        strand.pairs = heads * tokens * (tokens + 1) // 2
+        strand.read = strand.pairs - heads * _unread(strand.window, sinks, tokens)
+        strand.keys, strand.values = (
+            torch.cat([_of(strand, x[:, :sinks]), _of(strand, x[:, start:])], 1) for x in (k, v)
+        )
         strand.table, strand.seen = _plain_table(sinks, start, tokens, k.device), tokens
 
 
 @functools.lru_cache
-def _unread(window: int, sinks: int, tokens: int) -> Tensor:
+def _unread(window: int, sinks: int, tokens: int) -> int:
     """How many keys before their windows the queries of one head leave out."""
-    t = torch.arange(tokens)
-    low = (t // module.STEP * module.STEP - window).clamp_min_(0)
-    return (low - low.clamp_max(sinks)).sum()
+    low = attention.horizon(torch.arange(tokens), window).clamp_min_(0)
+    return int((low - low.clamp_max(sinks)).sum())
 
 
 @functools.lru_cache(maxsize=64)  # layers share them; what changes a table makes another
@@ -102,7 +108,7 @@ def _chosen(strands: list[Strand], k: Tensor, ready: torch.cuda.Event | None) ->
     """Which of the keys of each strand are representatives, and each token's: both (strands, T)."""
     tau = torch.tensor([strand.own.tau for strand in strands], device=k.device)
     if ready is None:
-        return select_each(unit(torch.cat([k[strand.heads] for strand in strands])), tau)
+        return select_each(unit(torch.cat([_of(strand, k) for strand in strands])), tau)
     here, beside = torch.cuda.current_stream(k.device), _second_stream(k.device)
     beside.wait_event(ready)
     with torch.cuda.stream(beside):
@@ -115,16 +121,18 @@ def _read_kept(
     strands: list[Strand], q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, owner: Tensor, scale: float, out: Tensor
 ) -> None:
     """What strands with representatives read, and hold then. chosen, owner: (strands, T)."""
-    tokens, device, step, sinks = k.shape[1], k.device, module.STEP, strands[0].sinks
+    tokens, device, step, sinks = k.shape[1], k.device, attention.STEP, strands[0].sinks
     t, begins = torch.arange(tokens, device=device), torch.arange(0, tokens, step, device=device)
     windows = torch.tensor([[strand.window] for strand in strands], device=device)
     starts = torch.tensor([[_start(strand, tokens)] for strand in strands], device=device)
     low = (begins - windows).clamp_min_(0)
     kept = chosen | (t < sinks)
     before = F.pad(kept.cumsum(1), (1, 0))
-    counts, held = torch.cat([before[:, -1:], before.gather(1, starts)], 1).T.tolist()
+    ends = before.gather(1, low)
+    read = tokens * (tokens + 1) // 2 + ((ends - low) * (tokens - begins).clamp_max_(step)).sum(1, keepdim=True)
+    counts, held, reads = torch.cat([before[:, -1:], before.gather(1, starts), read], 1).T.tolist()
     positions = kept.nonzero()[:, 1].split(counts)
-    parts = [[x[s.heads][:, at] for x in (k, v)] for s, at in zip(strands, positions, strict=True)]
+    parts = [[_of(s, x)[:, at] for x in (k, v)] for s, at in zip(strands, positions, strict=True)]
     keys, values = (torch.cat([x.flatten(0, 1) for x in every]) for every in zip(*parts, strict=True))
     first = before[:, -1:].cumsum(0) - before[:, -1:]
     column = (first + before[:, :-1]).gather(1, owner)  # of the bias of a token's representative
@@ -132,17 +140,15 @@ def _read_kept(
     bias = torch.zeros(len(begins) + 1, sum(counts), device=device)
     bias.view(-1).scatter_add_(0, (leaves * sum(counts) + column).flatten(), (~kept).flatten().float())
     table = _heads(strands, counts, device)
-    ends = before.gather(1, low)
-    read = tokens * (tokens + 1) // 2 + ((ends - low) * (tokens - begins).clamp_max_(step)).sum(1)
-    ends = ends.repeat_interleave(torch.tensor([_size(s) for s in strands], device=device), 0).to(torch.int32)
+    ends = ends.repeat_interleave(torch.tensor([len(s.heads) for s in strands], device=device), 0).to(torch.int32)
     lists = Kept(keys, values, ends, bias[:-1].cumsum_(0).log1p_())
     attend_windows(q, k, v, table, sinks, lists, scale, step, out)
     gone = torch.zeros_like(owner).scatter_add_(1, owner, (~kept & (t < starts)).long())
     for i, strand in enumerate(strands):
         start = _start(strand, tokens)
-        strand.read, strand.pairs = _size(strand) * read[i], _size(strand) * tokens * (tokens + 1) // 2
+        strand.read, strand.pairs = len(strand.heads) * reads[i], len(strand.heads) * tokens * (tokens + 1) // 2
         strand.keys, strand.values = (
-            torch.cat([some[:, : held[i]], x[strand.heads, start:]], 1)
+            torch.cat([some[:, : held[i]], _of(strand, x[:, start:])], 1)
             for some, x in zip(parts[i], (k, v), strict=True)
         )
         at = torch.cat([positions[i][: held[i]], t[start:]])
@@ -156,7 +162,7 @@ def _among_representatives(
     (heads, tokens, _), r = k.shape, selection.chosen.nonzero()[:, 0]
     strand.keys, strand.values, strand.states = k[:, r], v[:, r], states[r].to(k.dtype)
     strand.table = torch.stack([r, torch.ones_like(r), r, torch.zeros_like(r)])
-    strand.read = r.new_tensor(heads * len(r) * (len(r) + 1) // 2)
-    strand.pairs, strand.seen = heads * tokens * (tokens + 1) // 2, tokens
-    strand.outputs = attention(q[:, r], strand.keys, strand.values, None, scale, causal=True).transpose(0, 1)
+    strand.read, strand.seen = heads * len(r) * (len(r) + 1) // 2, tokens
+    strand.pairs = heads * tokens * (tokens + 1) // 2
+    strand.outputs = dense(q[None, :, r], strand.keys[None], strand.values[None], scale)[0].transpose(0, 1)
     return strand.outputs[torch.searchsorted(r, selection.owner)]

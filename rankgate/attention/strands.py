@@ -1,25 +1,23 @@
 """The keys of one sequence that some heads still hold: reading them, adding to them, letting go of them.
 
-A window moves STEP tokens at a time: query t sees the tokens of its own step before it, and `window` more. So what a
-head holds only changes from step to step, and kernels read whole blocks.
+A window moves STEP tokens at a time (`ops.attention`): query t sees the tokens of its own step before it, and `window`
+more. So what a head holds only changes from step to step, and kernels read whole blocks.
 
-A block of queries comes, reads what it may, and then the represented tokens that no later query may see are dropped for
-good. So a prompt is read in blocks, and decoding is a block of one token.
+The queries of a step come, read what is held, and then the represented tokens that no later query may see are dropped
+for good. So a prompt is read step by step, and decoding is a part of one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankgate.attention.select import Selection, extend, unit
-
-BLOCK = 256  # queries that read together
-STEP = 128  # tokens after which windows move
-ALWAYS = 1 << 40  # tokens: a window that is never left
+from rankgate.attention.select import Selection, extend, select, unit
+from rankgate.ops.attention import ALWAYS, horizon, step_end
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,12 @@ class Heads:
 class Strand:
     """Keys (heads × L × width) and values of the tokens of one sequence that some heads still hold, in order.
 
-    position, chosen, owner: (L,) of a token, whether it is a representative, and the position of its own. count: (L,)
-    of dropped tokens that a token stands for. states: (r × d) of the representatives, None where keys are compared.
+    heads: their numbers. position, chosen, owner: (L,) of a token, whether it is a representative, and the position of
+    its own. count: (L,) of dropped tokens that a token stands for. states: (r × d) of the representatives, None where
+    keys are compared.
     """
 
-    heads: slice
+    heads: list[int]
     own: Heads
     sinks: int
     seen: int = 0
@@ -46,20 +45,16 @@ class Strand:
     values: Tensor = field(default_factory=lambda: torch.empty(0))
     states: Tensor | None = None
     table: Tensor = field(default_factory=lambda: torch.empty(4, 0, dtype=torch.int64))
-    read: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    read: int = 0
     pairs: int = 0
 
     @property
     def window(self) -> int:
         return ALWAYS if self.own.window is None else self.own.window
 
-    def horizon(self, t: Tensor) -> Tensor:
-        """The first token that queries at positions t see in their windows."""
-        return t // STEP * STEP - self.window
-
-    def queries(self, per_key: int) -> slice:
+    def queries(self, per_key: int) -> list[int]:
         """The query heads that read it, `per_key` for each of its key heads."""
-        return slice(self.heads.start * per_key, self.heads.stop * per_key)
+        return [h * per_key + i for h in self.heads for i in range(per_key)]
 
     @property
     def nbytes(self) -> int:
@@ -77,41 +72,63 @@ class Strand:
 
         states: (n × d), unit. selection: among them, if that is known already.
         """
-        out = []
-        self.read, self.pairs = torch.zeros((), dtype=torch.int64, device=q.device), 0
+        begin, end, out = self.seen, self.seen + q.shape[1], []
+        self.read, self.pairs = 0, len(k) * sum(range(begin + 1, end + 1))
         self.table = self.table.to(q.device)
-        for start in range(0, q.shape[1], BLOCK):
-            part = slice(start, start + BLOCK)
-            x = unit(k[0, part]) if states is None else states[part]
-            count = x.shape[0]
+        if self.own.tau is None or self.own.window is None:
+            return self._attend_near(q, k, v, scale)
+        x = unit(k[0]) if states is None else states
+        if selection is None and not begin:
+            selection = select(x, self.own.tau)
+        for t in torch.arange(begin, end, device=q.device).split(self._steps(end)):
+            part = slice(self.seen - begin, self.seen - begin + len(t))
             if selection is not None:
                 chosen, owner = selection.chosen[part], selection.owner[part]
             else:
-                chosen, owner = self._extend(x)
-            t = torch.arange(self.seen, self.seen + count, device=q.device)
-            self.seen += count
-            self.pairs += k.shape[0] * int((t + 1).sum())
+                chosen, owner = self._extend(x[part], t, self.own.tau)
             rows = torch.stack([t, chosen.long(), owner, torch.zeros_like(t)])
-            out.append(self._step(q[:, part], k[:, part], v[:, part], None if states is None else x, rows, scale))
+            out.append(self._step(q[:, part], k[:, part], v[:, part], None if states is None else x[part], rows, scale))
         return torch.cat(out, 1)
 
-    def _extend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the new tokens are representatives, and the positions of theirs, given those before."""
+    def _steps(self, end: int) -> list[int]:
+        """How many of the next tokens up to `end` are of the same step, one after the other."""
+        ends = [*range(step_end(self.seen), end, step_end(0)), end]
+        return [b - a for a, b in pairwise([self.seen, *ends])]
+
+    def _attend_near(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Without representatives: sinks, and tokens in a row, of which queries of the same step read a slice.
+
+        Without a window all queries read together.
+        """
+        begin, end, out = self.seen, self.seen + q.shape[1], []
+        t = torch.arange(begin, end, device=q.device)
+        self._add(k, v, None, torch.stack([t, torch.zeros_like(t), t, torch.zeros_like(t)]))
+        gone = end - self.keys.shape[1]  # tokens
+        for part in q.split([end - begin] if self.own.window is None else self._steps(end), 1):
+            first = horizon(self.seen, self.window) - gone
+            self.seen += part.shape[1]
+            stop = self.seen - gone
+            keys, values = (
+                x[:, :stop] if first <= self.sinks else torch.cat([x[:, : self.sinks], x[:, first:stop]], 1)
+                for x in (self.keys, self.values)
+            )
+            out.append(self._attention(part, keys, values, None, scale))
+        self._drop(begin)
+        return torch.cat(out, 1)
+
+    def _extend(self, x: Tensor, t: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+        """Which of the new tokens t are representatives, and the positions of theirs, given those before."""
         position, chosen = self.table[0], self.table[1].bool()
-        new = torch.arange(self.seen, self.seen + len(x), device=x.device)
-        if self.own.tau is None:
-            return torch.zeros_like(new, dtype=torch.bool), new
-        if self.states is not None:
-            before = self.states.to(x.dtype)
-        else:
-            before = unit(self.keys[0, chosen]) if self.seen else x[:0]
-        picked, owner = extend(x, self.own.tau, before)
-        return picked, torch.cat([position[chosen], new])[owner]
+        before = unit(self.keys[0, chosen]) if self.states is None else self.states.to(x.dtype)
+        picked, owner = extend(x, tau, before)
+        return picked, torch.cat([position[chosen], t])[owner]
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, rows: Tensor, scale: float) -> Tensor:
+        begin = self.seen
         self._add(k, v, x, rows)
-        y = self._read(q, rows[0], scale)
-        self._drop(rows[0, -1])
+        self.seen += q.shape[1]
+        y = self._read(q, scale)
+        self._drop(begin)
         return y
 
     def _add(self, k: Tensor, v: Tensor, x: Tensor | None, rows: Tensor) -> None:
@@ -122,30 +139,34 @@ class Strand:
             new = x[rows[1].bool()].to(k.dtype)
             self.states = new if self.states is None else torch.cat([self.states, new])
 
-    def _read(self, q: Tensor, t: Tensor, scale: float) -> Tensor:
-        position, chosen, owner, count = self.table
-        heads = self.keys.shape[0]
-        if len(t) == 1:  # nothing is held that the next token may not see
-            self.read += heads * len(position)
-            mask = None if self.own.tau is None else torch.log1p(count)[None].to(q.dtype)
-            return attention(q, self.keys, self.values, mask, scale)
-        before = position < self.horizon(t)[:, None]
-        near = (position <= t[:, None]) & (~before | (position < self.sinks) | chosen.bool())
-        self.read += near.sum() * heads
-        mask = torch.zeros(near.shape, dtype=q.dtype, device=q.device)
-        if self.own.tau is not None:
-            waiting = ((chosen == 0) & (position >= self.sinks)).nonzero()[:, 0]  # still here, but not for all queries
-            mine = (owner[waiting, None] == position).to(torch.float32)
-            unseen = before[:, waiting].to(torch.float32)
-            mask += torch.log1p(count + unseen @ mine).to(q.dtype)
-        return attention(q, self.keys, self.values, mask.masked_fill_(~near, -torch.inf), scale)
+    def _read(self, q: Tensor, scale: float) -> Tensor:
+        """Queries of one step: nothing is held that they may not see, but for the new tokens after them."""
+        return self._attention(q, self.keys, self.values, torch.log1p(self.table[3]).to(q.dtype), scale)
 
-    def _drop(self, last: Tensor) -> None:
-        """Let go of represented tokens that no query after `last` may see."""
-        position, chosen, owner, count = self.table
-        keep = (chosen == 1) | (position >= self.horizon(last + 1)) | (position < self.sinks)
-        if keep.all():
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """Queries q (heads × n × width) read k, v (key heads × L × width), of which the last n are their own.
+
+        bias: (L,), added to the logits.
+        """
+        count, length = q.shape[1], k.shape[1]
+        self.read += len(k) * sum(range(length - count + 1, length + 1))
+        whole = bias is None and count == length
+        mask = None if bias is None else bias.expand(count, length)
+        if count > 1 and not whole:
+            seen = torch.ones(count, length, dtype=torch.bool, device=q.device).tril(length - count)
+            mask = seen if mask is None else mask.masked_fill(~seen, -torch.inf)
+        y = F.scaled_dot_product_attention(
+            *(q[None], k[None], v[None]), attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=len(q) > len(k)
+        )
+        return y[0]
+
+    def _drop(self, begin: int) -> None:
+        """Let go of represented tokens that no later query may see; since token `begin`."""
+        first = horizon(self.seen, self.window)
+        if first <= max(0, horizon(begin, self.window)):
             return
+        position, chosen, owner, count = self.table
+        keep = (chosen == 1) | (position >= first) | (position < self.sinks)
         if self.own.tau is not None:
             count.index_add_(0, torch.searchsorted(position, owner[~keep]), torch.ones_like(owner[~keep]))
         self.table = self.table[:, keep]
@@ -165,14 +186,7 @@ class PaperStrand(Strand):
     def _step(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, rows: Tensor, scale: float) -> Tensor:
         chosen = rows[1].bool()
         self._add(k[:, chosen], v[:, chosen], None if x is None else x[chosen], rows[:, chosen])
-        y = self._read(q[:, chosen], rows[0, chosen], scale).transpose(0, 1)
+        self.seen += q.shape[1]
+        y = self._read(q[:, chosen], scale).transpose(0, 1)
         self.outputs = torch.cat([self.outputs, y]) if self.outputs.numel() else y
         return self.outputs[torch.searchsorted(self.table[0], rows[2])].transpose(0, 1)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, causal: bool = False) -> Tensor:
-    """(heads × n × width) from q (the same), k and v (key heads × L × width) and an added mask (n × L)."""
-    y = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=len(q) > len(k)
-    )
-    return y[0]

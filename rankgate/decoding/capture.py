@@ -7,7 +7,8 @@ prompt does the same: the same operations, in the same order, on tensors of the 
     logits = step(token, position, *keys and values, *constants)
 
 of the parameters (by reference: changes in place are seen), of a preallocated cache, and of nothing else. Attention and
-the cache write become one operation per layer (`ops.attention`), reached through transformers' attention registry. On
+the cache write become one operation per layer (`ops.attention`), reached through transformers' attention registry: of
+all keys and values, or where heads read fewer, of what they hold (`attention.held`). On
 the CPU the list becomes programs for a team of threads (`native`); on a GPU it becomes a CUDA graph (`recorded`).
 
 What Python decided during the trace is frozen. So the trace is refused (`Uncapturable`) where a decision could differ
@@ -29,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache
 
 from rankgate.attention.cache import CountedLayer
+from rankgate.attention.held import as_rows
 from rankgate.attention.registry import beyond_plain, is_plainly_causal, is_window
 from rankgate.decoding.begun import Step
 from rankgate.decoding.positions import unscaled
@@ -179,8 +181,11 @@ def _trace(
 
     def step(token: Tensor, position: Tensor, *cache: Tensor) -> Tensor:
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-            if token.device.type == "cuda":
-                out: Tensor = torch.ops.rankgate.attend_at(q, k, v, cache[0], layer, position, *rule)
+            if len(cache) > len(buffers):  # of layers that `select_tokens_` has found plain
+                held = cache[4 * layer : 4 * layer + 4]
+                out: Tensor = torch.ops.rankgate.attend_held(q, k, v, *held, position, rule.scale)
+            elif token.device.type == "cuda":
+                out = torch.ops.rankgate.attend_at(q, k, v, cache[0], layer, position, *rule)
             else:
                 out = torch.ops.rankgate.attend(q, k, v, *cache[2 * layer : 2 * layer + 2], position, *rule)
             return out
@@ -211,12 +216,18 @@ def _example(
     """Inputs of a step, and the buffers of its scratch cache.
 
     Inputs: tokens, their positions, and the cache: all its buffers, or on a GPU the one table that tells where they
-    are.
+    are; or what heads hold.
     """
-    device, room, sequences = model.device, max(POSITIONS) + tokens, shapes[0][0]
+    device, room, held = model.device, max(POSITIONS) + tokens, len(shapes[0]) == 2
+    if held:
+        layers = zip(shapes[::4], shapes[1::4], shapes[3::4], strict=True)
+        shapes = [torch.Size((1, rows[0], room, shape[1])) for *pair, rows in layers for shape in pair]
+    sequences = shapes[0][0]
     buffers = [torch.zeros((b, g, room, width), dtype=model.dtype, device=device) for b, g, _, width in shapes]
     cache = buffers
-    if device.type == "cuda":
+    if held:
+        cache = [t for pair in zip(buffers[::2], buffers[1::2], strict=True) for t in as_rows(*pair)]
+    elif device.type == "cuda":
         from rankgate.ops.gpu.attention import table
 
         cache = [table(buffers)]
@@ -230,7 +241,8 @@ class Capture:
     Args:
         model: on one device, in evaluation mode.
         options: keyword arguments of `model.forward` for so many tokens, as generate() would pass them.
-        shapes: of every layer's keys and values, alternating: (sequences, heads, any, width).
+        shapes: of every layer's keys and values, alternating: (sequences, heads, any, width); or of what the heads of
+            every layer hold, see `HeldRows.buffers`.
         tokens: that a step reads at once of each sequence.
 
     Raises `Uncapturable`, or whatever the trace raises.

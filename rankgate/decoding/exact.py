@@ -29,6 +29,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from rankgate.attention.attend import selection_of
 from rankgate.decoding.loop import fast_generate, is_empty
 from rankgate.decoding.readers import Reader, follow, open_reader
 from rankgate.errors import RankgateError
@@ -284,6 +285,9 @@ def _check(
         "more than one sequence": ids.shape[0] != 1,
         "padding": mask is not None and (mask.shape != ids.shape or not bool((mask == 1).all())),
         "an encoder": model.config.is_encoder_decoder,
+        "attention to fewer keys, which lets go of what a refused draft would need again": any(
+            selection_of(m) is not None for m in (model, draft)
+        ),
         "a dictionary as result": config.return_dict_in_generate,
         "a cache other than a plain, empty, dynamic one": type(cache) is not DynamicCache
         or not all(is_empty(layer) for layer in cache.layers)

@@ -36,8 +36,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from rankgate.attention.attend import selection_of
 from rankgate.decoding.batch import Batch, Text
 from rankgate.decoding.begun import Begun
+from rankgate.decoding.held import HeldSteps
 from rankgate.decoding.positions import forget_longest_, scaled_from
 from rankgate.decoding.steps import Steps, explain, failed
 from rankgate.errors import RankgateError
@@ -74,7 +76,9 @@ def decode(
     if streamer is not None and method != "_sample":
         raise RankgateError("a streamer cannot follow several beams: leave out streamer, or num_beams")
     known = batch is not None and bool(batch.captures)
-    if batch is not None and (len(input_ids) > 1 or (not known and scaled_from(model) < math.inf)):
+    selection = selection_of(model)
+    alone = len(input_ids) > 1 or selection is not None or (not known and scaled_from(model) < math.inf)
+    if batch is not None and alone:
         given = model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer
         with batch.alone():
             return decode(*given, generator=generator, **model_kwargs)
@@ -100,8 +104,14 @@ def decode(
     threads = torch.get_num_threads()
     try:
         with torch.no_grad():
+            if selection is not None:
+                steps: Steps = HeldSteps(selection, model, input_ids, model_kwargs)
+            elif batch is not None:
+                steps = Text(batch, model, input_ids, model_kwargs)
+            else:
+                steps = Steps(model, input_ids, model_kwargs)
             input_ids = _loop(
-                Steps(model, input_ids, model_kwargs) if batch is None else Text(batch, model, input_ids, model_kwargs),
+                steps,
                 input_ids,
                 logits_processor,
                 stopping_criteria,
@@ -228,6 +238,7 @@ def unsupported(
         **({} if known else _unsupported_model(model, config)),
         "an input elsewhere": input_ids.device != model.device,
         "too many sequences": input_ids.shape[0] > SEQUENCES,
+        "attention to fewer keys of several sequences": input_ids.shape[0] > 1 and selection_of(model) is not None,
         "padding that is not on the left": mask is not None and not _fills_left(mask, input_ids),
         "a dictionary as result": config.return_dict_in_generate,
         "a prompt read in chunks": config.prefill_chunk_size is not None,
@@ -249,12 +260,16 @@ def unsupported(
 def _unsupported_model(model: PreTrainedModel, config: GenerationConfig) -> dict[str, bool]:
     own: Any = type(model)
     device, update = model.device, "_update_model_kwargs_for_generation"
+    selection = selection_of(model)
+    hooks = set() if selection is None else selection.hooks
     return {
         "an encoder": model.config.is_encoder_decoder,
         "a device without kernels": device.type != "cpu" and not has_triton(device),
         "several devices": any(t.device != device for t in (*model.parameters(), *model.buffers())),
         "training mode": model.training,
-        "hooks on its modules": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
+        "hooks on its modules": any({*m._forward_hooks, *m._forward_pre_hooks} - hooks for m in model.modules()),
+        "attention to representatives of its states": selection is not None and selection.config.heads is None,
+        "attention to fewer keys on a GPU": selection is not None and device.type != "cpu",
         "its own preparation of arguments": getattr(own, update) is not getattr(GenerationMixin, update)
         or not _prepares_as_usual(model),
         "positions that are scaled anew within the text": (config.max_length or math.inf) > scaled_from(model),

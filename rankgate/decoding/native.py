@@ -28,7 +28,7 @@ from rankgate.ops.cpu.vector import bits_of
 
 aten = torch.ops.aten
 QUANTIZED, CHOSEN = torch.ops.rankgate.quantized_linear.default, torch.ops.rankgate.chosen_linear.default
-ATTEND = torch.ops.rankgate.attend.default
+ATTEND, HELD = torch.ops.rankgate.attend.default, torch.ops.rankgate.attend_held.default
 FLOATS = set(KINDS)
 
 
@@ -46,7 +46,7 @@ class Native(Rows):
         self.buffers: list[Tensor] = []
         self.lock = threading.Lock()  # results have one place: one step at a time
         self.step: _Running | None = None
-        self.attentions: list[tuple[attention.Attention, int, int]] = []  # and numbers of their keys and values
+        self.attentions: list[tuple[attention.Attention, list[int]]] = []  # and numbers of their buffers
         self.cache_nodes: dict[fx.Node, int] = {}
         with torch.no_grad():
             for number, (node, value) in enumerate(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)):
@@ -74,8 +74,8 @@ class Native(Rows):
         with self.lock:
             self._finish()
             if self.buffers is not buffers:
-                for attend, keys, values in self.attentions:
-                    attend.bind(buffers[keys], buffers[values])
+                for attend, numbers in self.attentions:
+                    attend.bind(*(buffers[number] for number in numbers))
                 use_large_pages((t.data_ptr(), t.nbytes) for t in buffers)
                 self.buffers = buffers
             self.token.copy_(token)
@@ -111,7 +111,7 @@ class Native(Rows):
         schema = getattr(target, "_schema", None)
         if target is aten.dropout.default and not args[2]:
             value = args[0]
-        if (schema is not None and schema.is_mutable and target is not ATTEND) or _is_view(value, args):
+        if (schema is not None and schema.is_mutable and target not in {ATTEND, HELD}) or _is_view(value, args):
             self._shared(node, value)
             if schema is not None and schema.is_mutable:
                 self._call(node, None)
@@ -244,16 +244,20 @@ class Native(Rows):
         return True
 
     def _attend(self, node: fx.Node, value: Tensor) -> bool:
-        q, k, v, keys, values, position, scale, window, cap, sinks = _args(node)
-        cache = self.values[keys]
-        if cache.dtype not in KINDS or self.values[q].shape[2] > 1 or self.values[position] is not self.position:
+        q, k, v, *rest = _args(node)
+        count = 4 if node.target is HELD else 2
+        cache, (position, *rule) = rest[:count], rest[count:]
+        scale, window, cap, sinks = (*rule, 0, 0.0, None)[:4]
+        buffers = [self.values[n] for n in cache]
+        dtype = buffers[0].dtype
+        if dtype not in KINDS or self.values[q].shape[2] > 1 or self.values[position] is not self.position:
             return False
-        if any(self.values[n].dtype != cache.dtype for n in (k, v)) or value.dtype not in KINDS:
+        if any(self.values[n].dtype != dtype for n in (k, v)) or value.dtype not in KINDS:
             return False
         query, found = self._wide(q), self._accumulator(node, value)
         new_key, new_value = (self._contiguous(n) for n in (k, v))
         attend = attention.Attention(
-            *(query, new_key, new_value, cache, self.values[values], self.position),
+            *(query, new_key, new_value, buffers, self.position),
             scale=scale,
             window=window,
             cap=cap,
@@ -261,7 +265,7 @@ class Native(Rows):
             out=found,
             memory=lambda size: self._scratch(size, node),
         )
-        self.attentions.append((attend, self.cache_nodes[keys], self.cache_nodes[values]))
+        self.attentions.append((attend, [self.cache_nodes[n] for n in cache]))
         for row in attend.rows:
             self._add_rows(row)
         self._rounded(node, value, found)
@@ -380,6 +384,7 @@ LOWER: dict[Any, Callable[[Native, fx.Node, Any], bool]] = {
     QUANTIZED: Native._quantized,
     CHOSEN: Native._chosen,
     ATTEND: Native._attend,
+    HELD: Native._attend,
     aten.linear.default: Native._linear,
     aten.addmm.default: Native._addmm,
     aten.mm.default: Native._matmul,

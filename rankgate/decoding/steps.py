@@ -151,13 +151,13 @@ class Steps:
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
         self.model = model
-        self.layers = [GrowingLayer() for _ in kwargs["past_key_values"].layers]
+        cache = self._cache(len(kwargs["past_key_values"].layers))
         mask = kwargs.get("attention_mask")
         self.filling = [0] * len(input_ids)  # tokens of each sequence in the cache that are none of its own
         if mask is not None:
             self.filling = (mask == 0).sum(dim=1).tolist()
             mask = mask if any(self.filling) else None
-        kwargs = {**kwargs, "past_key_values": Cache(layers=list(self.layers)), "attention_mask": mask}
+        kwargs = {**kwargs, "past_key_values": cache, "attention_mask": mask}
         self.inputs = cast(Any, model).prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         self.inputs["return_dict"] = True
         self.length = input_ids.shape[1]  # tokens in the cache after the current call
@@ -167,6 +167,11 @@ class Steps:
         self.steps: dict[Shape, Step] = {}  # those of them that are bound to the cache of this capacity:
         self.capacity = 0
         self.threads = 1 if input_ids.is_cuda else team.size()
+
+    def _cache(self, layers: int) -> Cache:
+        """What the model's own forward leaves, for so many layers."""
+        self.layers = [GrowingLayer() for _ in range(layers)]
+        return Cache(layers=list(self.layers))
 
     def prompt(self) -> Tensor:
         """Logits (sequences, vocabulary) after the prompts."""
@@ -236,9 +241,7 @@ class Steps:
     def _forward(self, ids: Tensor) -> Tensor:
         """Logits after each of `ids`, which end the texts; by the model's own forward."""
         start = self.length - ids.shape[1]
-        self._reserved(self.length)
-        for layer in self.layers:
-            layer.length = start
+        self._rewound(start)
         given = self._options(ids.shape[1])
         filling = torch.tensor(self.filling, device=ids.device)[:, None]
         if self.inputs.get("position_ids") is not None:
@@ -248,6 +251,12 @@ class Steps:
         cache = self.inputs["past_key_values"]
         logits: Tensor = self.model(input_ids=ids, past_key_values=cache, **given).logits.flatten(0, 1)
         return logits
+
+    def _rewound(self, start: int) -> None:
+        """Have the model's own forward begin after so many tokens."""
+        self._reserved(self.length)
+        for layer in self.layers:
+            layer.length = start
 
     def _replay(self, ids: Tensor, count: int, positions: Tensor, capture: Capture) -> Begun:
         end = self.length - count + ids.shape[1]
@@ -270,14 +279,18 @@ class Steps:
         self.capacity = buffers[0].shape[2]
         return buffers
 
+    def _copies(self, length: int) -> list[Tensor]:
+        """Buffers with room for so many tokens, for a trial."""
+        self._reserved(length)
+        copies = copy.deepcopy(self.layers)
+        _shift(copies, self.filling)
+        return _buffers(copies)
+
     def _checked(self, ids: Tensor, positions: Tensor, expected: Tensor) -> Capture | None:
         """A capture that gave the expected logits for tokens that are in the cache already; None if there is none."""
         start, count = time.perf_counter(), len(expected)
         try:
-            self._reserved(self.length - count // len(ids) + ids.shape[1])
-            copies = copy.deepcopy(self.layers)
-            _shift(copies, self.filling)
-            buffers = _buffers(copies)
+            buffers = self._copies(self.length - count // len(ids) + ids.shape[1])
             shapes = [buffer.shape for buffer in buffers]
             options = {"position_ids": self.inputs.get("position_ids"), **self._options(ids.shape[1])}
             capture = Capture(self.model, options, shapes, ids.shape[1])

@@ -12,6 +12,7 @@ registers what it does better, below; nobody above chooses between kernels.
     chosen_linear           CPU     1-      ops/cpu/quantized.py   each token by an expert of its own
     chosen_linear.parts     CUDA    1-      ops/gpu/chosen.py      the same for a CUDA graph
     attend                  CPU     1-1     ops/cpu/attention.py   over the cache of a layer
+    attend_held             CPU     1-1     ops/cpu/attention.py   over what its heads still hold
     attend_at               CUDA    1-      ops/gpu/attention.py   over a cache found through a table
     round_block             CPU     -       ops/cpu/rounding.py    while converting
     round_block             CUDA    -       ops/gpu/rounding.py    while converting

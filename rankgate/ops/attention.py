@@ -7,19 +7,43 @@ of its scores (Gemma 2) and a learned sink z_h (gpt-oss), or be without: then a_
 heads share key heads in groups of H / G. The operator also stores the new key and value at position p, so that a traced
 decode step has one node per layer, whose shapes do not depend on p: p is read from a tensor.
 
-    attend      keys and values are buffers of one layer
-    attend_at   they are found through a table of all layers on a GPU (`ops.gpu.attention.table`)
+    attend       keys and values are buffers of one layer
+    attend_at    they are found through a table of all layers on a GPU (`ops.gpu.attention.table`)
+    attend_held  of each key head only what it still holds (`attention.strands`): kept rows, and a ring of recent ones
+
+A window of `attend_held` moves STEP tokens at a time: query t sees the tokens of its own step before it, and w more.
 
 Not covered: other masks.
 """
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rankgate.core import operators
+
+STEP = 128  # tokens after which windows move
+ALWAYS = 1 << 40  # tokens: a window that is never left
+Place = TypeVar("Place", int, Tensor)
+
+
+def horizon(t: Place, window: int) -> Place:
+    """The first token that a query at position t sees in its window: `window` tokens before its own step."""
+    return t // STEP * STEP - window
+
+
+def step_end(t: int) -> int:
+    """The first token after the step of token t."""
+    return t // STEP * STEP + STEP
+
+
+def ring_length(window: int) -> int:
+    """Rows of a ring for such a window."""
+    return -(-window // STEP) * STEP + STEP
 
 
 def attend_reference(
@@ -74,6 +98,49 @@ def attend_reference(
     return out.transpose(1, 2).contiguous()
 
 
+def attend_held_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    rows: Tensor,
+    position: Tensor,
+    scale: float,
+) -> Tensor:
+    """Tokens of one sequence, one after the other, over what each key head holds; the definition.
+
+    Args:
+        q: (1, H, T, d), with H a multiple of G.
+        k: (1, G, T, d).
+        v: (1, G, T, e).
+        keys: (R, d), of all key heads; written in place.
+        values: (R, e), likewise.
+        bias: (R,) float32, added to the logits of kept rows.
+        rows: (G, 6) int64: start and number of kept rows; start and length of the ring, in which token t is row
+            t mod length; window; first token that is ever in the ring.
+        position: (1, T) int64, not below that first token.
+        scale: s.
+
+    Returns (1, T, H, e).
+    """
+    if q.shape[2] > 1:
+        each = zip(*(x.split(1, 2) for x in (q, k, v)), position.split(1, 1), strict=True)
+        held = keys, values, bias, rows
+        return torch.cat([attend_held_reference(*new, *held, at, scale) for *new, at in each], 1)  # type: ignore[call-arg]
+    t, together = int(position), q.shape[1] // k.shape[1]
+    out = []
+    for g, (start, kept, ring, length, window, first) in enumerate(rows.tolist()):
+        keys[ring + t % length], values[ring + t % length] = k[0, g, 0], v[0, g, 0]
+        recent = torch.arange(max(first, horizon(t, window)), t + 1, device=rows.device)
+        read = torch.cat([torch.arange(start, start + kept, device=rows.device), ring + recent % length])
+        scores = (q[0, g * together : (g + 1) * together, 0] @ keys[read].T).float() * scale
+        scores[:, :kept] += bias[start : start + kept]
+        out.append(scores.softmax(1).to(values.dtype) @ values[read])
+    return torch.cat(out)[None, None]
+
+
 operators.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor position, float scale, "
     "int window, float cap, Tensor? sinks) -> Tensor"
@@ -84,3 +151,8 @@ operators.define(
     "float cap, Tensor? sinks) -> Tensor"
 )
 operators.impl("attend_at", lambda q, k, v, *_: q.new_empty((len(q), *q.shape[2:0:-1], v.shape[3])), "Meta")
+operators.define(
+    "attend_held(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor bias, Tensor rows, "
+    "Tensor position, float scale) -> Tensor"
+)
+operators.impl("attend_held", attend_held_reference, "CompositeExplicitAutograd")

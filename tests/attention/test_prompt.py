@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankgate.attention import strands as module
 from rankgate.attention.prompt import attend_prompt
 from rankgate.attention.select import Selection, _nearest, _nearest_by_kernel, select, select_each, unit
 from rankgate.attention.strands import Heads, PaperStrand, Strand
+from rankgate.ops import attention as module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -68,7 +68,7 @@ def test_windows_and_keys_of_each_head(share: int, width: int, tokens: int, monk
     k = alike(5, max(tokens, 8), width)[:, :tokens]
     q, v = torch.randn(5 * share, tokens, width, device=DEVICE), torch.randn(5, tokens, 16, device=DEVICE)
     own = [Heads(None, None), Heads(64, None), Heads(70, 0.5), Heads(70, None), Heads(128, 0.4)]
-    ours, expected = ([Strand(slice(h, h + 1), heads, 4) for h, heads in enumerate(own)] for _ in range(2))
+    ours, expected = ([Strand([h], heads, 4) for h, heads in enumerate(own)] for _ in range(2))
     y = attend_prompt(ours, q, k, v, None, None, 0.3)
     chosen, owner = select_each(unit(k[[2, 4]]), torch.tensor([0.5, 0.4], device=DEVICE))  # on a GPU not in float32
     known = {2: Selection(chosen[0], owner[0], 0), 4: Selection(chosen[1], owner[1], 0)}
@@ -85,7 +85,7 @@ def test_representatives_of_states(kind: type[Strand], monkeypatch: pytest.Monke
     tokens, states = 200, unit(alike(1, 200, 32))[0]
     q, k, v = (torch.randn(heads, tokens, 16, device=DEVICE) for heads in (4, 2, 2))
     found = select(states, 0.5)
-    ours, expected = (kind(slice(0, 2), Heads(64, 0.5), 0 if kind is PaperStrand else 4) for _ in range(2))
+    ours, expected = (kind([0, 1], Heads(64, 0.5), 0 if kind is PaperStrand else 4) for _ in range(2))
     y = attend_prompt([ours], q, k, v, states, found, 0.3)
     z = expected.attend(q, k, v, states, found, 0.3)
     tolerance = 1e-2 if DEVICE == "cuda" else 1e-5

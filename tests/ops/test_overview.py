@@ -10,6 +10,7 @@ import torch
 from test_cpu_kernels import group
 
 from rankgate import ops
+from rankgate.attention.held import as_rows
 from rankgate.core import FEW
 from rankgate.experts import tables_of
 from rankgate.ops.gpu import attention as attention_gpu
@@ -39,10 +40,14 @@ def call(operator: str, device: str, tokens: int) -> Any:
             return registered(x, group(65, 70).to(place).parts)
         case "quantized_linear" | "quantized_linear.parts":
             return group(65, 70)(x)
-        case "attend" | "attend_at":
+        case "attend" | "attend_at" | "attend_held":
             q, k, v, keys, values = (noise(1, 2, count, 8) for count in (*[tokens] * 3, 64, 64))
-            cache = (keys, values) if operator == "attend" else (attention_gpu.table([keys, values]), 0)
-            return registered(q, k, v, *cache, torch.arange(tokens, device=place)[None], 0.3, 0, 0.0, None)
+            if operator == "attend_held":
+                cache, rule = as_rows(keys, values), ()
+            else:
+                cache = (keys, values) if operator == "attend" else (attention_gpu.table([keys, values]), 0)
+                rule = 0, 0.0, None
+            return registered(q, k, v, *cache, torch.arange(tokens, device=place)[None], 0.3, *rule)
         case "chosen_linear" | "chosen_linear.parts":
             expert, chosen = group(65, 70).to(place), torch.zeros(tokens, dtype=torch.int64, device=place)
             tables, form = (torch.tensor([expert.table()]), 65) if device == "CPU" else tables_of([expert])
@@ -67,7 +72,7 @@ def test_kernels_compute_these_numbers_of_tokens(row: dict[str, str], monkeypatc
     operator, device = row["operator"], row["device"]
     route = ROUTES[operator, device]
     module, calls = importlib.import_module(route.module), []
-    function = "Attention" if operator == "attend" else route.function  # of its kernels
+    function = "Attention" if operator in ("attend", "attend_held") else route.function  # of its kernels
     kernel = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *given, **named: calls.append(operator) or kernel(*given, **named))
     if operator == "quantized_linear.parts" and device == "CPU":

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STEP = 128
+from rankgate.ops.attention import STEP
 from rankgate.ops.gpu.dots import dot
 from rankgate.ops.gpu.overlap import begin, overlaps
 
