@@ -175,16 +175,24 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
 
 
 def _trace(
-    model: PreTrainedModel, options: dict[str, Any], inputs: list[Tensor], buffers: list[Tensor], at: int
+    model: PreTrainedModel,
+    options: dict[str, Any],
+    inputs: list[Tensor],
+    buffers: list[Tensor],
+    memory: list[Tensor],
+    at: int,
 ) -> Any:
-    """The model's forward for tokens from position `at` on; for inputs and buffers see `_example`."""
+    """The model's forward for tokens from position `at` on; for inputs, buffers and memory see `_example`."""
 
     def step(token: Tensor, position: Tensor, *cache: Tensor) -> Tensor:
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-            if len(cache) > len(buffers):  # of layers that `select_tokens_` has found plain
-                held = cache[4 * layer : 4 * layer + 4]
-                out: Tensor = torch.ops.rankgate.attend_held(q, k, v, *held, position, rule.scale)
-            elif token.device.type == "cuda":
+            held, found = len(memory) > len(buffers), token.device.type == "cuda"
+            if held and found:  # of layers that `select_tokens_` has found plain
+                out: Tensor = torch.ops.rankgate.attend_held_at(q, k, v, cache[0], layer, position, rule.scale)
+            elif held:
+                own = cache[4 * layer : 4 * layer + 4]
+                out = torch.ops.rankgate.attend_held(q, k, v, *own, position, rule.scale)
+            elif found:
                 out = torch.ops.rankgate.attend_at(q, k, v, cache[0], layer, position, *rule)
             else:
                 out = torch.ops.rankgate.attend(q, k, v, *cache[2 * layer : 2 * layer + 2], position, *rule)
@@ -212,11 +220,12 @@ def _trace(
 
 def _example(
     model: PreTrainedModel, shapes: list[torch.Size], tokens: int, at: int
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Inputs of a step, and the buffers of its scratch cache.
 
     Inputs: tokens, their positions, and the cache: all its buffers, or on a GPU the one table that tells where they
-    are; or what heads hold.
+    are. Where heads hold a part of the keys, the cache is what they hold, in the memory of the buffers, and returned
+    as well.
     """
     device, room, held = model.device, max(POSITIONS) + tokens, len(shapes[0]) == 2
     if held:
@@ -224,15 +233,15 @@ def _example(
         shapes = [torch.Size((1, rows[0], room, shape[1])) for *pair, rows in layers for shape in pair]
     sequences = shapes[0][0]
     buffers = [torch.zeros((b, g, room, width), dtype=model.dtype, device=device) for b, g, _, width in shapes]
-    cache = buffers
+    memory = cache = buffers
     if held:
-        cache = [t for pair in zip(buffers[::2], buffers[1::2], strict=True) for t in as_rows(*pair)]
-    elif device.type == "cuda":
+        memory = cache = [t for pair in zip(buffers[::2], buffers[1::2], strict=True) for t in as_rows(*pair)]
+    if device.type == "cuda":
         from rankgate.ops.gpu.attention import table
 
-        cache = [table(buffers)]
+        cache = [table(memory)]
     positions = torch.arange(at, at + tokens, device=device).repeat(sequences, 1)
-    return [torch.zeros_like(positions), positions, *cache], buffers
+    return [torch.zeros_like(positions), positions, *cache], buffers, memory
 
 
 class Capture:

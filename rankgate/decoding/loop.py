@@ -269,7 +269,6 @@ def _unsupported_model(model: PreTrainedModel, config: GenerationConfig) -> dict
         "training mode": model.training,
         "hooks on its modules": any({*m._forward_hooks, *m._forward_pre_hooks} - hooks for m in model.modules()),
         "attention to representatives of its states": selection is not None and selection.config.heads is None,
-        "attention to fewer keys on a GPU": selection is not None and device.type != "cpu",
         "its own preparation of arguments": getattr(own, update) is not getattr(GenerationMixin, update)
         or not _prepares_as_usual(model),
         "positions that are scaled anew within the text": (config.max_length or math.inf) > scaled_from(model),

@@ -19,7 +19,8 @@ from torch.fx.passes.split_module import split_module
 from rankgate.decoding.begun import Begun, Step
 
 WARM = 2  # runs before the recording, as CUDA graphs ask for; the first one compiles
-ATTENTION = torch.ops.rankgate.attend_at.default, torch.ops.rankgate.attend.default
+NAMES = "attend", "attend_at", "attend_held", "attend_held_at"
+ATTENTION = {getattr(torch.ops.rankgate, name).default for name in NAMES}
 
 
 class Recorded:

@@ -14,6 +14,7 @@ registers what it does better, below; nobody above chooses between kernels.
     attend                  CPU     1-1     ops/cpu/attention.py   over the cache of a layer
     attend_held             CPU     1-1     ops/cpu/attention.py   over what its heads still hold
     attend_at               CUDA    1-      ops/gpu/attention.py   over a cache found through a table
+    attend_held_at          CUDA    1-      ops/gpu/attention.py   over what its heads still hold, likewise
     round_block             CPU     -       ops/cpu/rounding.py    while converting
     round_block             CUDA    -       ops/gpu/rounding.py    while converting
 

@@ -7,9 +7,10 @@ of its scores (Gemma 2) and a learned sink z_h (gpt-oss), or be without: then a_
 heads share key heads in groups of H / G. The operator also stores the new key and value at position p, so that a traced
 decode step has one node per layer, whose shapes do not depend on p: p is read from a tensor.
 
-    attend       keys and values are buffers of one layer
-    attend_at    they are found through a table of all layers on a GPU (`ops.gpu.attention.table`)
-    attend_held  of each key head only what it still holds (`attention.strands`): kept rows, and a ring of recent ones
+    attend          keys and values are buffers of one layer
+    attend_at       they are found through a table of all layers on a GPU (`ops.gpu.attention.table`)
+    attend_held     of each key head only what it still holds (`attention.strands`): kept rows, a ring of recent ones
+    attend_held_at  the same, found through such a table
 
 A window of `attend_held` moves STEP tokens at a time: query t sees the tokens of its own step before it, and w more.
 
@@ -150,9 +151,13 @@ operators.define(
     "attend_at(Tensor q, Tensor k, Tensor v, Tensor cache, int layer, Tensor position, float scale, int window, "
     "float cap, Tensor? sinks) -> Tensor"
 )
-operators.impl("attend_at", lambda q, k, v, *_: q.new_empty((len(q), *q.shape[2:0:-1], v.shape[3])), "Meta")
 operators.define(
     "attend_held(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor bias, Tensor rows, "
     "Tensor position, float scale) -> Tensor"
 )
 operators.impl("attend_held", attend_held_reference, "CompositeExplicitAutograd")
+operators.define(
+    "attend_held_at(Tensor q, Tensor k, Tensor v, Tensor cache, int layer, Tensor position, float scale) -> Tensor"
+)
+for name in ("attend_at", "attend_held_at"):
+    operators.impl(name, lambda q, k, v, *_: q.new_empty((len(q), *q.shape[2:0:-1], v.shape[3])), "Meta")

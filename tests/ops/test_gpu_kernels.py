@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rankgate.errors import RankgateError
 from rankgate.experts import tables_of
-from rankgate.ops.attention import attend_reference
+from rankgate.ops.attention import ALWAYS, STEP, attend_held_reference, attend_reference
 from rankgate.ops.gpu import attention as attention_gpu
 from rankgate.ops.gpu import chosen as chosen_gpu
 from rankgate.ops.gpu import gathered as gathered_gpu
@@ -196,6 +196,29 @@ def test_attention_along_a_text(heads: tuple[int, int, int, int], dtype: torch.d
         for buffer, exact_buffer in zip(caches[1][2:], wide, strict=True):
             buffer.copy_(exact_buffer)
         assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(3, 3, 16, 16), (6, 3, 64, 20)], ids=str)
+def test_attention_to_what_heads_hold(heads: tuple[int, int, int, int], dtype: torch.dtype):
+    H, G, d, e = heads
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    # kept rows and a ring of two steps; a window without sinks; all keys
+    rows = [[0, 150, 170, 2 * STEP, STEP, 4], [430, 0, 430, 3 * STEP, 2 * STEP - 9, 0], [820, 0, 820, 1024, ALWAYS, 0]]
+    for at in (4, STEP - 1, 5 * STEP + 3, 1023):
+        held = [random(1844, d), random(1844, e), random(1844).abs().float(), torch.tensor(rows, device=DEVICE)]
+        q, k, v = random(1, H, 1, d), random(1, G, 1, d), random(1, G, 1, e)
+        position = torch.tensor([[at]], device=DEVICE)
+        wide = [held[0].float(), held[1].float(), *held[2:]]
+        exact = attend_held_reference(q.float(), k.float(), v.float(), *wide, position, 0.3)
+        y = attention_gpu.attend_held(q, k, v, attention_gpu.table(held), 0, position, 0.3)
+        eps = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+        assert ((y.float() - exact).abs() <= eps * exact.abs() + 1e-5).all()
+        assert all(torch.equal(a.float(), b) for a, b in zip(held[:2], wide[:2], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -40,13 +40,11 @@ def call(operator: str, device: str, tokens: int) -> Any:
             return registered(x, group(65, 70).to(place).parts)
         case "quantized_linear" | "quantized_linear.parts":
             return group(65, 70)(x)
-        case "attend" | "attend_at" | "attend_held":
+        case "attend" | "attend_at" | "attend_held" | "attend_held_at":
             q, k, v, keys, values = (noise(1, 2, count, 8) for count in (*[tokens] * 3, 64, 64))
-            if operator == "attend_held":
-                cache, rule = as_rows(keys, values), ()
-            else:
-                cache = (keys, values) if operator == "attend" else (attention_gpu.table([keys, values]), 0)
-                rule = 0, 0.0, None
+            held = as_rows(keys, values) if "held" in operator else [keys, values]
+            cache = (attention_gpu.table(held), 0) if "at" in operator.split("_") else held
+            rule = () if "held" in operator else (0, 0.0, None)
             return registered(q, k, v, *cache, torch.arange(tokens, device=place)[None], 0.3, *rule)
         case "chosen_linear" | "chosen_linear.parts":
             expert, chosen = group(65, 70).to(place), torch.zeros(tokens, dtype=torch.int64, device=place)

@@ -36,6 +36,7 @@ register("gated", "CUDA", "rankgate.ops.gpu.gathered.linear", takes=takes, defin
 register("quantized_linear.parts", "CUDA", "rankgate.ops.gpu.linear.linear", takes=takes, definition=linear_definition)
 register("chosen_linear.parts", "CUDA", "rankgate.ops.gpu.chosen.linear", takes=takes, definition=_no_kernel)
 register("attend_at", "CUDA", "rankgate.ops.gpu.attention.attend")
+register("attend_held_at", "CUDA", "rankgate.ops.gpu.attention.attend_held")
 register(
     *("round_block", "CUDA", "rankgate.ops.gpu.rounding.round_block"),
     takes=lambda *_: TRITON,

@@ -120,10 +120,10 @@ def _attend(
         within, row = (t >= earliest) & (t <= last), ring + (t % length if STEP else t)
         old = t < first  # what is new may not be stored yet
         if STEP:
-            is_early = block < early
-            place = block * BLOCK + tl.arange(0, BLOCK)
-            within = tl.where(is_early, place < kept, within)
-            row, old = tl.where(is_early, start + place, row), tl.where(is_early, True, old)
+            place = tl.where(block < early, block * BLOCK + tl.arange(0, BLOCK), kept)
+            is_kept = place < kept
+            within = tl.where(block < early, is_kept, within)
+            row, old = tl.where(block < early, start + place, row), tl.where(block < early, True, old)
         seen = within[:, None]
         key_rows = tl.where(old, keys + row * width, new_keys + (t - first) * width)
         value_rows = tl.where(old, values + row * value_width, new_values + (t - first) * value_width)
@@ -131,7 +131,7 @@ def _attend(
         value = tl.load(value_rows[:, None] + e, mask=seen & value_inside, other=0.0)
         score = dot(query.to(key.dtype), tl.trans(key), None, "ieee") * scale
         if STEP:
-            score += tl.load(bias + row, mask=within & is_early, other=0.0)[None, :]
+            score += tl.load(bias + row, mask=is_kept, other=0.0)[None, :]
         if CAP:
             score = cap * (2 * tl.sigmoid(2 * score / cap) - 1)
         score = tl.where(within[None, :], score, -float("inf"))
@@ -201,18 +201,18 @@ def attend(
 
 
 def attend_held(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position: Tensor, scale: float) -> Tensor:
-    """`ops.attention.attend_held` of one token, with what the heads of `layer` hold found through `cache`.
+    """`ops.attention.attend_held`, with what the heads of `layer` hold found through `cache`.
 
     Args:
-        q: (1, H, 1, d), with H a multiple of G.
-        k: (1, G, 1, d).
-        v: (1, G, 1, e).
+        q: (1, H, T, d), with H a multiple of G.
+        k: (1, G, T, d).
+        v: (1, G, T, e).
         cache: see `table`.
         layer: which of its layers.
-        position: (1, 1) int64.
+        position: (1, T) int64, one after the other, of the same step of the windows.
         scale: s.
 
-    Returns (1, 1, H, e).
+    Returns (1, T, H, e).
     """
     return _launch(q, k, v, cache[4 * layer :], cache, position, scale, 0, 0.0, None, STEP)
 
