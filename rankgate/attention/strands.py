@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from rankgate.attention.select import Selection, extend, select, unit
 from rankgate.ops.attention import ALWAYS, horizon, step_end
 
+TOGETHER = 16  # steps that are read by one call
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -96,25 +98,34 @@ class Strand:
         return [b - a for a, b in pairwise([self.seen, *ends])]
 
     def _attend_near(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Without representatives: sinks, and tokens in a row, of which queries of the same step read a slice.
+        """Without representatives, what is held are sinks and tokens in a row.
 
-        Without a window all queries read together.
+        The first queries see all of it. After them those of a step see a slice, as long for every step: many steps are
+        one call, since threads that meet after each would wait for each other.
         """
-        begin, end, out = self.seen, self.seen + q.shape[1], []
+        begin, end, step, out = self.seen, self.seen + q.shape[1], step_end(0), []
         t = torch.arange(begin, end, device=q.device)
         self._add(k, v, None, torch.stack([t, torch.zeros_like(t), t, torch.zeros_like(t)]))
         gone = end - self.keys.shape[1]  # tokens
-        for part in q.split([end - begin] if self.own.window is None else self._steps(end), 1):
-            first = horizon(self.seen, self.window) - gone
-            self.seen += part.shape[1]
-            stop = self.seen - gone
-            keys, values = (
-                x[:, :stop] if first <= self.sinks else torch.cat([x[:, : self.sinks], x[:, first:stop]], 1)
-                for x in (self.keys, self.values)
-            )
-            out.append(self._attention(part, keys, values, None, scale))
+        self.seen = min(step_end(self.sinks + gone + self.window), end)
+        if self.seen > begin:
+            keys, values = (x[None, :, : self.seen - gone] for x in (self.keys, self.values))
+            out.append(self._attention(q[None, :, : self.seen - begin], keys, values, None, scale)[0])
+        while self.seen < end:
+            count = min(step, end - self.seen)  # of each step
+            steps = min((end - self.seen) // count, TOGETHER)
+            first, at = horizon(self.seen, self.window) - gone, self.seen - begin
+            self.seen += steps * count
+            keys, values = (self._slices(x[:, first : self.seen - gone], x, count) for x in (self.keys, self.values))
+            part = q[:, at : self.seen - begin].unflatten(1, (steps, count)).transpose(0, 1)
+            out.append(self._attention(part, keys, values, None, scale).transpose(0, 1).flatten(1, 2))
         self._drop(begin)
         return torch.cat(out, 1)
+
+    def _slices(self, near: Tensor, held: Tensor, count: int) -> Tensor:
+        """Sinks and window of each step (steps × heads × L × width), of so many tokens."""
+        windows = near.unfold(1, self.window + count, count).permute(1, 0, 3, 2)
+        return torch.cat([held[:, : self.sinks].expand(len(windows), -1, -1, -1), windows], 2)
 
     def _extend(self, x: Tensor, t: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         """Which of the new tokens t are representatives, and the positions of theirs, given those before."""
@@ -141,24 +152,24 @@ class Strand:
 
     def _read(self, q: Tensor, scale: float) -> Tensor:
         """Queries of one step: nothing is held that they may not see, but for the new tokens after them."""
-        return self._attention(q, self.keys, self.values, torch.log1p(self.table[3]).to(q.dtype), scale)
+        bias = torch.log1p(self.table[3]).to(q.dtype)
+        return self._attention(q[None], self.keys[None], self.values[None], bias, scale)[0]
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        """Queries q (heads × n × width) read k, v (key heads × L × width), of which the last n are their own.
+        """Queries q (steps × heads × n × width) read k, v (steps × key heads × L × width); the last n are their own.
 
         bias: (L,), added to the logits.
         """
-        count, length = q.shape[1], k.shape[1]
-        self.read += len(k) * sum(range(length - count + 1, length + 1))
+        count, length = q.shape[2], k.shape[2]
+        self.read += k.shape[0] * k.shape[1] * sum(range(length - count + 1, length + 1))
         whole = bias is None and count == length
         mask = None if bias is None else bias.expand(count, length)
         if count > 1 and not whole:
             seen = torch.ones(count, length, dtype=torch.bool, device=q.device).tril(length - count)
             mask = seen if mask is None else mask.masked_fill(~seen, -torch.inf)
-        y = F.scaled_dot_product_attention(
-            *(q[None], k[None], v[None]), attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=len(q) > len(k)
+        return F.scaled_dot_product_attention(
+            *(q, k, v), attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
         )
-        return y[0]
 
     def _drop(self, begin: int) -> None:
         """Let go of represented tokens that no later query may see; since token `begin`."""
