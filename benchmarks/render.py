@@ -19,6 +19,7 @@ import controls
 import curve
 import exact
 import foundation
+import gpu_attention
 import gpu_batches
 import gpu_convert
 import gpu_decode
@@ -121,6 +122,7 @@ def results() -> Iterator[str]:
     yield attention_quality.section(load("attention_quality"))
     yield attention.section(load("attention"))
     yield from of_each(attention_speed.section, "attention_speed")
+    yield from of_each(gpu_attention.section, "gpu_attention")
     yield from of_each(exact.section, "exact")
     yield harness.section(load("harness"))
     yield serving.section(load("serving"))
