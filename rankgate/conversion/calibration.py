@@ -1,23 +1,24 @@
-"""One pass over calibration text: the second moment of what every input group reads.
+"""Calibration on text, layer by layer: the second moment of what every input group reads.
 
 For each input group (see `groups`), over all calibration tokens x (n values each):
 
     C = Σ x xᵀ / tokens                                   n × n, not centred
 
 Its top eigenvectors are the subspace that keeps most of ‖x‖², and W C Wᵀ is the second moment of the layer's outputs.
-Accumulated in float32 (float64 for a float64 model) while the model runs. Memory is one n × n matrix per group,
-whatever the number of tokens; from 1 GiB on they lie in temporary files. On a GPU those under way keep within a tenth
-of the weights: the text is read as often as that takes. C is symmetric, so only the blocks on and above its diagonal
-are multiplied. The output embedding is not run: its input is not needed. Of the activations themselves, a sample of
-at most 256 tokens is kept, evenly spread over the text: what gates are calibrated on.
+Accumulated in float32 (float64 for a float64 model) while one layer after the other is run on all of the text (see
+`walk`). Memory is one n × n matrix per group of that layer, whatever the number of tokens; if all of them take more
+than 1 GiB, finished ones lie in temporary files. On a GPU those under way keep within a tenth of the weights: a layer
+is run as often as that takes. C is symmetric, so only the blocks on and above its diagonal are multiplied. The output
+embedding is not run: its input is not needed. Of the activations themselves, a sample of at most 256 tokens is kept,
+evenly spread over the text: what gates are calibrated on.
 
 On request, a pass over the first 2,048 tokens before that measures how much each output y_i matters,
 
     F_i = E[(∂ℓ / ∂y_i)²]                                 ℓ: log-likelihood of a label sampled from the model itself
 
 the diagonal of the Fisher information. An error δ of the outputs then costs about ½ Σ F_i δ_i² nats of KL, which makes
-errors in different layers comparable. It needs a backward pass: about the time of three forward passes, and the
-activations of 128 tokens in memory.
+errors in different layers comparable. It needs a backward pass: about the time of three forward passes, the hidden
+states of these tokens at every layer, and what one layer keeps of 128 tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,11 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from rankgate.common.files import atomic_path, in_file
-from rankgate.common.passes import backward_from_sampled_labels, evaluation_mode, gradients_from_embedding
+from rankgate.common.passes import evaluation_mode, gradients_from_embedding
 from rankgate.common.progress import track
 from rankgate.conversion.groups import input_groups, linears, shape
 from rankgate.conversion.processes import add_up_, share_of
+from rankgate.conversion.walk import Walk
 from rankgate.conversion.windows import run_hashes
 from rankgate.core import widen
 from rankgate.errors import RankgateError
@@ -144,30 +146,33 @@ def calibrate(
     digest = fingerprint(model)
     model = unstacked(model)
     members = input_groups(model)
-    fisher = measure_sensitivity(model, members, windows, progress=progress) if sensitivity else {}
+    walk = Walk.of(model)
+    fisher = measure_sensitivity(walk, members, windows, progress=progress) if sensitivity else {}
     stride = sample_stride(windows)
     kept = in_file if sum(moment_sizes(model, members).values()) > IN_MEMORY else torch.zeros
-    groups = []
-    passes = split_passes(model, members)
-    for number, some in enumerate(passes, 1):
-        label = f"calibrating {number}/{len(passes)}" if len(passes) > 1 else "calibrating"
-        with accumulate(model, some, stride, kept) as gathered, torch.inference_mode(), evaluation_mode(model):
-            for batch in track(own.split(batch_size), label, enabled=progress):
-                model.base_model(input_ids=batch.to(model.device), use_cache=False)
-        if processes is not None:
+    stages, batches = walk.stages(members), own.split(batch_size)
+    hidden: Sequence[Tensor | None] = [None] * len(batches)
+    groups: dict[tuple[str, ...], GroupStats] = {}
+    for number, stage in track([*enumerate(stages)], "calibrating", enabled=progress):
+        for some in split_passes(model, stage) or [[]]:
+            place = kept if len(stages) == 1 else torch.zeros
+            with accumulate(model, some, stride, place) as gathered, torch.inference_mode(), evaluation_mode(model):
+                after = [walk.step(number, ids, x) for ids, x in zip(batches, hidden, strict=True)]
+            if processes is not None:
+                for group in gathered:
+                    add_up_(group, processes)
+            for alike in _alike(model, gathered):
+                pool_(alike, fisher)
             for group in gathered:
-                add_up_(group, processes)
-        for alike in _alike(model, gathered):
-            pool_(alike, fisher)
-        for group in gathered:
-            finish(group)
-            if group.C.is_cuda:
-                group.C = kept(tuple(group.C.shape), dtype=group.C.dtype).copy_(group.C)
-            group.sample = group.sample.cpu()
-            if group.members in fisher:
-                group.sensitivity = fisher[group.members].cpu()
-        groups += gathered
-    return Stats(groups, digest, windows.numel(), run_hashes(windows))
+                finish(group)
+                if group.C.is_cuda or place is not kept:
+                    group.C = kept(tuple(group.C.shape), dtype=group.C.dtype).copy_(group.C)
+                group.sample = group.sample.cpu()
+                if group.members in fisher:
+                    group.sensitivity = fisher[group.members].cpu()
+                groups[group.members] = group
+        hidden = after
+    return Stats([groups[names] for names in members], digest, windows.numel(), run_hashes(windows))
 
 
 def split_passes(model: PreTrainedModel, members: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
@@ -242,7 +247,7 @@ def accumulate(
 
 
 def measure_sensitivity(
-    model: PreTrainedModel, groups: list[tuple[str, ...]], windows: Tensor, *, progress: bool = False
+    walk: Walk, groups: list[tuple[str, ...]], windows: Tensor, *, progress: bool = False
 ) -> dict[tuple[str, ...], Tensor]:
     """The `sensitivity` of every group, from the first 2,048 tokens of `windows` in pieces of 128 tokens.
 
@@ -250,6 +255,7 @@ def measure_sensitivity(
     """
     pieces = [piece for window in windows.split(1) for piece in window.split(PIECE, dim=1)]
     pieces = pieces[: max(1, SENSITIVITY_TOKENS // pieces[0].numel())]
+    model = walk.model
     generator = torch.Generator(model.device).manual_seed(0)
     modules = {name: model.get_submodule(name) for group in groups for name in group}
     sums = {name: torch.zeros(shape(module)[0], device=model.device) for name, module in modules.items()}
@@ -258,7 +264,8 @@ def measure_sensitivity(
         def add(gradient: Tensor) -> None:
             total.add_(gradient.float().square().flatten(0, -2).sum(0))
 
-        y.register_hook(add)
+        if y.requires_grad:
+            y.register_hook(add)
 
     with gradients_from_embedding(model), evaluation_mode(model), torch.enable_grad():
         handles = [
@@ -266,8 +273,7 @@ def measure_sensitivity(
             for name, module in modules.items()
         ]
         try:
-            for piece in track(pieces, "sensitivity", enabled=progress):
-                backward_from_sampled_labels(model, piece, generator)
+            walk.backward(pieces, generator, progress=progress)
         finally:
             for handle in handles:
                 handle.remove()
