@@ -27,9 +27,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,11 +41,12 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from rankgate.common.files import atomic_path, in_file
+from rankgate.common.kept import Kept, anew
 from rankgate.common.passes import evaluation_mode, gradients_from_embedding
 from rankgate.common.progress import track
 from rankgate.conversion.groups import input_groups, linears, shape
 from rankgate.conversion.processes import add_up_, share_of
-from rankgate.conversion.walk import Walk
+from rankgate.conversion.walk import Reading, Walk
 from rankgate.conversion.windows import run_hashes
 from rankgate.core import widen
 from rankgate.errors import RankgateError
@@ -135,11 +137,13 @@ def calibrate(
     batch_size: int = 4,
     progress: bool = False,
     processes: ProcessGroup | None = None,
+    kept: Kept = anew,
 ) -> Stats:
     """Run `model` over `windows` (count × context token ids) and return the statistics of its input groups.
 
     sensitivity: also measure the Fisher diagonal of the outputs, which `lrq` needs.
     processes: all call this with the same model and windows; each reads some of these, and returns the whole.
+    kept: where what was measured of each layer lies; for one process.
     Raises RankgateError when an activation is not finite, or if there are fewer windows than processes.
     """
     own = windows if processes is None else share_of(windows, processes)
@@ -147,17 +151,24 @@ def calibrate(
     model = unstacked(model)
     members = input_groups(model)
     walk = Walk.of(model)
-    fisher = measure_sensitivity(walk, members, windows, progress=progress) if sensitivity else {}
+    fisher: dict[tuple[str, ...], Tensor] = {}
+    if sensitivity:
+        found = kept("sensitivity", lambda: measure_sensitivity(walk, members, windows, progress=progress))
+        fisher = {names: found[names[0]] for names in members}
+    in_files = kept is anew and sum(moment_sizes(model, members).values()) > IN_MEMORY
+    place = in_file if in_files else torch.zeros
     stride = sample_stride(windows)
-    kept = in_file if sum(moment_sizes(model, members).values()) > IN_MEMORY else torch.zeros
-    stages, batches = walk.stages(members), own.split(batch_size)
-    hidden: Sequence[Tensor | None] = [None] * len(batches)
+    stages, reading = walk.stages(members), Reading(walk, own.split(batch_size))
     groups: dict[tuple[str, ...], GroupStats] = {}
-    for number, stage in track([*enumerate(stages)], "calibrating", enabled=progress):
-        for some in split_passes(model, stage) or [[]]:
-            place = kept if len(stages) == 1 else torch.zeros
-            with accumulate(model, some, stride, place) as gathered, torch.inference_mode(), evaluation_mode(model):
-                after = [walk.step(number, ids, x) for ids, x in zip(batches, hidden, strict=True)]
+
+    def measured(number: int) -> dict[str, Tensor]:
+        with torch.inference_mode(), evaluation_mode(model):
+            reading.up_to(number)
+        found: dict[str, Tensor] = {}
+        for some in split_passes(model, stages[number]) or [[]]:
+            under_way = place if len(stages) == 1 else torch.zeros
+            with accumulate(model, some, stride, under_way) as gathered, torch.inference_mode(), evaluation_mode(model):
+                reading.run(number)
             if processes is not None:
                 for group in gathered:
                     add_up_(group, processes)
@@ -165,13 +176,15 @@ def calibrate(
                 pool_(alike, fisher)
             for group in gathered:
                 finish(group)
-                if group.C.is_cuda or place is not kept:
-                    group.C = kept(tuple(group.C.shape), dtype=group.C.dtype).copy_(group.C)
-                group.sample = group.sample.cpu()
-                if group.members in fisher:
-                    group.sensitivity = fisher[group.members].cpu()
-                groups[group.members] = group
-        hidden = after
+                if group.C.is_cuda or under_way is not place:
+                    group.C = place(tuple(group.C.shape), dtype=group.C.dtype).copy_(group.C)
+                group.sensitivity = fisher.get(group.members)
+                found |= group.tensors()
+        return found
+
+    for number, stage in track([*enumerate(stages)], "calibrating", enabled=progress):
+        tensors = kept(f"layer {number}", partial(measured, number))
+        groups |= {names: GroupStats.of(names, tensors) for names in stage}
     return Stats([groups[names] for names in members], digest, windows.numel(), run_hashes(windows))
 
 
@@ -248,8 +261,8 @@ def accumulate(
 
 def measure_sensitivity(
     walk: Walk, groups: list[tuple[str, ...]], windows: Tensor, *, progress: bool = False
-) -> dict[tuple[str, ...], Tensor]:
-    """The `sensitivity` of every group, from the first 2,048 tokens of `windows` in pieces of 128 tokens.
+) -> dict[str, Tensor]:
+    """The `sensitivity` of every group, by its first member, from 2,048 tokens of `windows` in pieces of 128 tokens.
 
     Raises RankgateError when a gradient is not finite.
     """
@@ -277,10 +290,10 @@ def measure_sensitivity(
         finally:
             for handle in handles:
                 handle.remove()
-    fisher = {group: torch.cat([sums[name] for name in group]) / sum(map(torch.numel, pieces)) for group in groups}
-    for group, values in fisher.items():
+    fisher = {group[0]: torch.cat([sums[name] for name in group]) / sum(map(torch.numel, pieces)) for group in groups}
+    for name, values in fisher.items():
         if not torch.isfinite(values).all():
-            raise RankgateError(f"non-finite gradients at the output of {group[0]}; try a wider dtype")
+            raise RankgateError(f"non-finite gradients at the output of {name}; try a wider dtype")
     return fisher
 
 

@@ -153,3 +153,26 @@ class Walk:
                 vars(layer).pop("forward", None)
                 if own is not None:
                     vars(layer)["forward"] = own
+
+
+class Reading:
+    """Texts (rows × tokens each) on their way through the layers of a walk."""
+
+    def __init__(self, walk: Walk, batches: Sequence[Tensor]) -> None:
+        self.walk, self.batches = walk, batches
+        hidden: list[Tensor | None] = [None] * len(batches)
+        self._before = self._after = (0, hidden)
+
+    def up_to(self, number: int) -> None:
+        """Run the layers before `number` that were not run yet."""
+        while self._after[0] < number:
+            self.run(self._after[0])
+
+    def run(self, number: int) -> None:
+        """Run layer `number` on all texts: once more, or as the next one."""
+        state = self._after if self._after[0] == number else self._before
+        assert state[0] == number
+        made: list[Tensor | None] = [
+            self.walk.step(number, ids, x) for ids, x in zip(self.batches, state[1], strict=True)
+        ]
+        self._before, self._after = state, (number + 1, made)
