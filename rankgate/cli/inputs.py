@@ -33,7 +33,7 @@ def opened(arguments: argparse.Namespace) -> Opened:
 
 
 @contextmanager
-def unfinished(method: Method | None, model: Opened, arguments: argparse.Namespace) -> Iterator[Kept]:
+def unfinished(method: Method | None, model: Opened, arguments: argparse.Namespace) -> Iterator[Kept | None]:
     """While open: what an interrupted conversion by `method`, or a plan, has left in OUTPUT.unfinished.
 
     Nothing is kept without calibration, with statistics from a file, and by processes that share the work.
@@ -41,12 +41,12 @@ def unfinished(method: Method | None, model: Opened, arguments: argparse.Namespa
     import torch
 
     import rankgate
-    from rankgate.common.kept import anew, kept_in
+    from rankgate.common.kept import kept_in
     from rankgate.conversion.calibration import fingerprint
     from rankgate.conversion.processes import joined
 
     if joined() or arguments.stats is not None or not (method is None or method.needs_stats):
-        yield anew
+        yield None
         return
     windows = model.windows(calibration_text(arguments), arguments.calibration_tokens, arguments.context)
     facts = {
@@ -72,7 +72,6 @@ def calibrated(
     kept: Kept | None = None,
 ) -> Stats:
     """Statistics as the options ask for them. Of several processes only the first one returns."""
-    from rankgate.common.kept import anew
     from rankgate.conversion.processes import joined, leads, part
     from rankgate.reporting.pipeline import statistics
 
@@ -89,7 +88,7 @@ def calibrated(
         apart_from=apart_from,
         progress=leads(processes),
         processes=processes,
-        kept=kept or anew,
+        kept=kept,
     )
     part()
     return stats

@@ -20,6 +20,10 @@ Kept = Callable[[str, Make], dict[str, Tensor]]  # the tensors of a part by its 
 KEY = "key.txt"
 
 
+class NoRoom(RankgateError):
+    """A part could not be written; those that are there are good."""
+
+
 def anew(_: str, make: Make) -> dict[str, Tensor]:
     """Keep nothing."""
     return make()
@@ -47,12 +51,18 @@ def kept_in(directory: Path, key: str) -> Iterator[tuple[Kept, int]]:
         path = directory / f"{name}.safetensors"
         with suppress(SafetensorError, FileNotFoundError):  # a file that lost its end is made again
             return load_file(path)
-        with atomic_path(path) as temporary:
-            save_file({leaf: tensor.contiguous() for leaf, tensor in make().items()}, temporary)
+        made = {leaf: tensor.contiguous() for leaf, tensor in make().items()}
+        try:
+            with atomic_path(path) as temporary:
+                save_file(made, temporary)
+        except (OSError, SafetensorError) as error:
+            raise NoRoom(f"cannot write {path}: {error}; make room and run the same again") from error
         return load_file(path)
 
     try:
         yield part, len([*directory.glob("*.safetensors")])
+    except NoRoom:
+        raise
     except RankgateError:
         shutil.rmtree(directory)
         raise

@@ -137,7 +137,7 @@ def calibrate(
     batch_size: int = 4,
     progress: bool = False,
     processes: ProcessGroup | None = None,
-    kept: Kept = anew,
+    kept: Kept | None = None,
 ) -> Stats:
     """Run `model` over `windows` (count × context token ids) and return the statistics of its input groups.
 
@@ -146,6 +146,7 @@ def calibrate(
     kept: where what was measured of each layer lies; for one process.
     Raises RankgateError when an activation is not finite, or if there are fewer windows than processes.
     """
+    keep = kept or anew
     own = windows if processes is None else share_of(windows, processes)
     digest = fingerprint(model)
     model = unstacked(model)
@@ -153,9 +154,9 @@ def calibrate(
     walk = Walk.of(model)
     fisher: dict[tuple[str, ...], Tensor] = {}
     if sensitivity:
-        found = kept("sensitivity", lambda: measure_sensitivity(walk, members, windows, progress=progress))
+        found = keep("sensitivity", lambda: measure_sensitivity(walk, members, windows, progress=progress))
         fisher = {names: found[names[0]] for names in members}
-    in_files = kept is anew and sum(moment_sizes(model, members).values()) > IN_MEMORY
+    in_files = keep is anew and sum(moment_sizes(model, members).values()) > IN_MEMORY
     place = in_file if in_files else torch.zeros
     stride = sample_stride(windows)
     stages, reading = walk.stages(members), Reading(walk, own.split(batch_size))
@@ -183,7 +184,7 @@ def calibrate(
         return found
 
     for number, stage in track([*enumerate(stages)], "calibrating", enabled=progress):
-        tensors = kept(f"layer {number}", partial(measured, number))
+        tensors = keep(f"layer {number}", partial(measured, number))
         groups |= {names: GroupStats.of(names, tensors) for names in stage}
     return Stats([groups[names] for names in members], digest, windows.numel(), run_hashes(windows))
 

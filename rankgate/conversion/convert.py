@@ -58,7 +58,7 @@ def convert_(
     lm_head: bool = False,
     consume: bool = False,
     progress: bool = False,
-    kept: Kept = anew,
+    kept: Kept | None = None,
 ) -> list[LayerReport]:
     """Rewrite every linear of `model` in place, and say what was done to each.
 
@@ -94,7 +94,7 @@ def convert_(
                 names = [name for members in groups for name in members]
                 reports |= {name: dataclasses.replace(reports[name], reason=NOT_WANTED) for name in names}
             else:
-                done = _rewrite_(model, chosen, groups, modules, used, kept, consume=consume, progress=progress)
+                done = _rewrite_(model, chosen, groups, modules, used, kept or anew, consume=consume, progress=progress)
                 reports |= {report.name: report for report in done}
         if lm_head:
             head = convert_head_(model)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rankgate.attention.attend import AttentionConfig, select_tokens_
 from rankgate.attention.heads import check_share, try_heads
 from rankgate.common.copies import twin
-from rankgate.common.kept import Kept, anew
+from rankgate.common.kept import Kept
 from rankgate.conversion.calibration import Stats, calibrate, fingerprint
 from rankgate.conversion.convert import LayerReport, convert_
 from rankgate.conversion.evaluation import Evaluation, TextComparison, compare_text, continuations, evaluate
@@ -44,7 +44,7 @@ def statistics(
     apart_from: Tensor | None = None,
     progress: bool = False,
     processes: ProcessGroup | None = None,
-    kept: Kept = anew,
+    kept: Kept | None = None,
 ) -> Stats:
     """Calibration statistics: read from `file` if it exists, otherwise measured on `text` and saved there.
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rankgate import RankgateError
-from rankgate.common.kept import kept_in
+from rankgate.common import kept
 
 
 class Stopped(BaseException):
@@ -18,12 +19,12 @@ def work(directory, key="key", parts=3, stop=None, error=Stopped):
         made.append(i)
         return {"x": torch.full((2, 4), float(i)).T}
 
-    with kept_in(directory, key) as (kept, _):
+    with kept.kept_in(directory, key) as (part, _):
         found = []
         for i in range(parts):
             if i == stop:
                 raise error("stop")
-            found.append(kept(f"part {i}", lambda i=i: make(i))["x"].clone())
+            found.append(part(f"part {i}", lambda i=i: make(i))["x"].clone())
     return made, torch.stack(found)
 
 
@@ -53,6 +54,18 @@ def test_bad_input_leaves_nothing(tmp_path):
     with pytest.raises(RankgateError, match="stop"):
         work(tmp_path / "w", stop=1, error=RankgateError)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_what_is_done(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("no space left")
+
+    with pytest.raises(Stopped):
+        work(tmp_path / "w", stop=2)
+    with monkeypatch.context() as patch, pytest.raises(RankgateError, match=r"cannot write .*part 2.*make room"):
+        patch.setattr(kept, "save_file", full)
+        work(tmp_path / "w")
+    assert work(tmp_path / "w")[0] == [2]
 
 
 def test_what_somebody_else_wrote_is_left_alone(tmp_path):
