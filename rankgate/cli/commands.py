@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankgate.cli.inputs import calibrated, calibrated_for, opened
+from rankgate.cli.inputs import calibrated, calibrated_for, opened, unfinished
 from rankgate.cli.options import (
     calibration_text,
     chosen_attention,
@@ -105,16 +105,19 @@ def convert(arguments: argparse.Namespace) -> None:
     plan = None
     with atomic_path(arguments.output) as temporary:
         model = opened(arguments)
-        stats = calibrated_for(method, model, arguments)
-        origin = provenance(model, stats)
-        if budget is not None:
-            assert stats is not None
-            plan = make_plan(model, stats, budget, arguments)
-            method = plan.method()
-        assert method is not None
-        return_freed_memory()
-        layers = convert_(model.model, method, stats, lm_head=arguments.lm_head, consume=True, progress=True)
-        checkpoint.Checkpoint(model.model, model.tokenizer, method, layers, origin).save(temporary)
+        with unfinished(method, model, arguments) as kept:
+            stats = calibrated_for(method, model, arguments, kept=kept)
+            origin = provenance(model, stats)
+            if budget is not None:
+                assert stats is not None
+                plan = make_plan(model, stats, budget, arguments)
+                method = plan.method()
+            assert method is not None
+            return_freed_memory()
+            layers = convert_(
+                model.model, method, stats, lm_head=arguments.lm_head, consume=True, progress=True, kept=kept
+            )
+            checkpoint.Checkpoint(model.model, model.tokenizer, method, layers, origin).save(temporary)
         if plan is not None:
             plan.save(temporary / "plan.json")
     dense = [layer for layer in layers if layer.reason]

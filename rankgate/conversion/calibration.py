@@ -1,23 +1,24 @@
-"""One pass over calibration text: the second moment of what every input group reads.
+"""Calibration on text, layer by layer: the second moment of what every input group reads.
 
 For each input group (see `groups`), over all calibration tokens x (n values each):
 
     C = Σ x xᵀ / tokens                                   n × n, not centred
 
 Its top eigenvectors are the subspace that keeps most of ‖x‖², and W C Wᵀ is the second moment of the layer's outputs.
-Accumulated in float32 (float64 for a float64 model) while the model runs. Memory is one n × n matrix per group,
-whatever the number of tokens; from 1 GiB on they lie in temporary files. On a GPU those under way keep within a tenth
-of the weights: the text is read as often as that takes. C is symmetric, so only the blocks on and above its diagonal
-are multiplied. The output embedding is not run: its input is not needed. Of the activations themselves, a sample of
-at most 256 tokens is kept, evenly spread over the text: what gates are calibrated on.
+Accumulated in float32 (float64 for a float64 model) while one layer after the other is run on all of the text (see
+`walk`). Memory is one n × n matrix per group of that layer, whatever the number of tokens; if all of them take more
+than 1 GiB, finished ones lie in temporary files. On a GPU those under way keep within a tenth of the weights: a layer
+is run as often as that takes. C is symmetric, so only the blocks on and above its diagonal are multiplied. The output
+embedding is not run: its input is not needed. Of the activations themselves, a sample of at most 256 tokens is kept,
+evenly spread over the text: what gates are calibrated on.
 
 On request, a pass over the first 2,048 tokens before that measures how much each output y_i matters,
 
     F_i = E[(∂ℓ / ∂y_i)²]                                 ℓ: log-likelihood of a label sampled from the model itself
 
 the diagonal of the Fisher information. An error δ of the outputs then costs about ½ Σ F_i δ_i² nats of KL, which makes
-errors in different layers comparable. It needs a backward pass: about the time of three forward passes, and the
-activations of 128 tokens in memory.
+errors in different layers comparable. It needs a backward pass: about the time of three forward passes, the hidden
+states of these tokens at every layer, and what one layer keeps of 128 tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,10 +41,12 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from rankgate.common.files import atomic_path, in_file
-from rankgate.common.passes import backward_from_sampled_labels, evaluation_mode, gradients_from_embedding
+from rankgate.common.kept import Kept, anew
+from rankgate.common.passes import evaluation_mode, gradients_from_embedding
 from rankgate.common.progress import track
 from rankgate.conversion.groups import input_groups, linears, shape
 from rankgate.conversion.processes import add_up_, share_of
+from rankgate.conversion.walk import Reading, Walk
 from rankgate.conversion.windows import run_hashes
 from rankgate.core import widen
 from rankgate.errors import RankgateError
@@ -133,41 +137,56 @@ def calibrate(
     batch_size: int = 4,
     progress: bool = False,
     processes: ProcessGroup | None = None,
+    kept: Kept | None = None,
 ) -> Stats:
     """Run `model` over `windows` (count × context token ids) and return the statistics of its input groups.
 
     sensitivity: also measure the Fisher diagonal of the outputs, which `lrq` needs.
     processes: all call this with the same model and windows; each reads some of these, and returns the whole.
+    kept: where what was measured of each layer lies; for one process.
     Raises RankgateError when an activation is not finite, or if there are fewer windows than processes.
     """
+    keep = kept or anew
     own = windows if processes is None else share_of(windows, processes)
     digest = fingerprint(model)
     model = unstacked(model)
     members = input_groups(model)
-    fisher = measure_sensitivity(model, members, windows, progress=progress) if sensitivity else {}
+    walk = Walk.of(model)
+    fisher: dict[tuple[str, ...], Tensor] = {}
+    if sensitivity:
+        found = keep("sensitivity", lambda: measure_sensitivity(walk, members, windows, progress=progress))
+        fisher = {names: found[names[0]] for names in members}
+    in_files = keep is anew and sum(moment_sizes(model, members).values()) > IN_MEMORY
+    place = in_file if in_files else torch.zeros
     stride = sample_stride(windows)
-    kept = in_file if sum(moment_sizes(model, members).values()) > IN_MEMORY else torch.zeros
-    groups = []
-    passes = split_passes(model, members)
-    for number, some in enumerate(passes, 1):
-        label = f"calibrating {number}/{len(passes)}" if len(passes) > 1 else "calibrating"
-        with accumulate(model, some, stride, kept) as gathered, torch.inference_mode(), evaluation_mode(model):
-            for batch in track(own.split(batch_size), label, enabled=progress):
-                model.base_model(input_ids=batch.to(model.device), use_cache=False)
-        if processes is not None:
+    stages, reading = walk.stages(members), Reading(walk, own.split(batch_size))
+    groups: dict[tuple[str, ...], GroupStats] = {}
+
+    def measured(number: int) -> dict[str, Tensor]:
+        with torch.inference_mode(), evaluation_mode(model):
+            reading.up_to(number)
+        found: dict[str, Tensor] = {}
+        for some in split_passes(model, stages[number]) or [[]]:
+            under_way = place if len(stages) == 1 else torch.zeros
+            with accumulate(model, some, stride, under_way) as gathered, torch.inference_mode(), evaluation_mode(model):
+                reading.run(number)
+            if processes is not None:
+                for group in gathered:
+                    add_up_(group, processes)
+            for alike in _alike(model, gathered):
+                pool_(alike, fisher)
             for group in gathered:
-                add_up_(group, processes)
-        for alike in _alike(model, gathered):
-            pool_(alike, fisher)
-        for group in gathered:
-            finish(group)
-            if group.C.is_cuda:
-                group.C = kept(tuple(group.C.shape), dtype=group.C.dtype).copy_(group.C)
-            group.sample = group.sample.cpu()
-            if group.members in fisher:
-                group.sensitivity = fisher[group.members].cpu()
-        groups += gathered
-    return Stats(groups, digest, windows.numel(), run_hashes(windows))
+                finish(group)
+                if group.C.is_cuda or under_way is not place:
+                    group.C = place(tuple(group.C.shape), dtype=group.C.dtype).copy_(group.C)
+                group.sensitivity = fisher.get(group.members)
+                found |= group.tensors()
+        return found
+
+    for number, stage in track([*enumerate(stages)], "calibrating", enabled=progress):
+        tensors = keep(f"layer {number}", partial(measured, number))
+        groups |= {names: GroupStats.of(names, tensors) for names in stage}
+    return Stats([groups[names] for names in members], digest, windows.numel(), run_hashes(windows))
 
 
 def split_passes(model: PreTrainedModel, members: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
@@ -242,14 +261,15 @@ def accumulate(
 
 
 def measure_sensitivity(
-    model: PreTrainedModel, groups: list[tuple[str, ...]], windows: Tensor, *, progress: bool = False
-) -> dict[tuple[str, ...], Tensor]:
-    """The `sensitivity` of every group, from the first 2,048 tokens of `windows` in pieces of 128 tokens.
+    walk: Walk, groups: list[tuple[str, ...]], windows: Tensor, *, progress: bool = False
+) -> dict[str, Tensor]:
+    """The `sensitivity` of every group, by its first member, from 2,048 tokens of `windows` in pieces of 128 tokens.
 
     Raises RankgateError when a gradient is not finite.
     """
     pieces = [piece for window in windows.split(1) for piece in window.split(PIECE, dim=1)]
     pieces = pieces[: max(1, SENSITIVITY_TOKENS // pieces[0].numel())]
+    model = walk.model
     generator = torch.Generator(model.device).manual_seed(0)
     modules = {name: model.get_submodule(name) for group in groups for name in group}
     sums = {name: torch.zeros(shape(module)[0], device=model.device) for name, module in modules.items()}
@@ -258,7 +278,8 @@ def measure_sensitivity(
         def add(gradient: Tensor) -> None:
             total.add_(gradient.float().square().flatten(0, -2).sum(0))
 
-        y.register_hook(add)
+        if y.requires_grad:
+            y.register_hook(add)
 
     with gradients_from_embedding(model), evaluation_mode(model), torch.enable_grad():
         handles = [
@@ -266,15 +287,14 @@ def measure_sensitivity(
             for name, module in modules.items()
         ]
         try:
-            for piece in track(pieces, "sensitivity", enabled=progress):
-                backward_from_sampled_labels(model, piece, generator)
+            walk.backward(pieces, generator, progress=progress)
         finally:
             for handle in handles:
                 handle.remove()
-    fisher = {group: torch.cat([sums[name] for name in group]) / sum(map(torch.numel, pieces)) for group in groups}
-    for group, values in fisher.items():
+    fisher = {group[0]: torch.cat([sums[name] for name in group]) / sum(map(torch.numel, pieces)) for group in groups}
+    for name, values in fisher.items():
         if not torch.isfinite(values).all():
-            raise RankgateError(f"non-finite gradients at the output of {group[0]}; try a wider dtype")
+            raise RankgateError(f"non-finite gradients at the output of {name}; try a wider dtype")
     return fisher
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rankgate.common.kept import Kept, anew
 from rankgate.common.progress import track
 from rankgate.conversion.calibration import Stats
 from rankgate.conversion.groups import NOT_CALLED, dense_weights, input_groups, linears, read_linear, shape
@@ -57,6 +58,7 @@ def convert_(
     lm_head: bool = False,
     consume: bool = False,
     progress: bool = False,
+    kept: Kept | None = None,
 ) -> list[LayerReport]:
     """Rewrite every linear of `model` in place, and say what was done to each.
 
@@ -66,6 +68,7 @@ def convert_(
     lm_head: also round the output embedding to int8 (no method, no statistics; an input embedding that was tied to it
     keeps its dense weight). Otherwise it stays dense. An override of its name with int8 or None asks for the same.
     consume: drop each second moment of `stats` after its last use, which saves memory; `stats` are of no use then.
+    kept: where finished groups of a method whose work takes long lie (see `common.kept`).
     The converted model is used like the dense one: batches, padding, `generate()`, `save_pretrained()`.
     Raises RankgateError if there is nothing to convert, if `method` needs statistics and has none, if they belong to
     another model, or if a rank does not fit; the model may then be partly converted.
@@ -91,7 +94,7 @@ def convert_(
                 names = [name for members in groups for name in members]
                 reports |= {name: dataclasses.replace(reports[name], reason=NOT_WANTED) for name in names}
             else:
-                done = _rewrite_(model, chosen, groups, modules, used, consume=consume, progress=progress)
+                done = _rewrite_(model, chosen, groups, modules, used, kept or anew, consume=consume, progress=progress)
                 reports |= {report.name: report for report in done}
         if lm_head:
             head = convert_head_(model)
@@ -108,6 +111,7 @@ def _rewrite_(
     groups: list[tuple[str, ...]],
     modules: dict[str, nn.Module],
     used: dict[tuple[str, ...], GroupStats],
+    kept: Kept,
     *,
     consume: bool,
     progress: bool,
@@ -120,7 +124,7 @@ def _rewrite_(
             yield layers, None if stats is None else stats.to(layers[0].W.device)
 
     reports = []
-    for members, rewrites in zip(groups, method.rewrite(read), strict=True):
+    for members, rewrites in zip(groups, method.rewrite(read, kept), strict=True):
         for name, rewrite in zip(members, rewrites, strict=True):
             m, n = shape(modules[name])
             if rewrite.module is not None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankgate.common.files import in_file
 from rankgate.core import GatedGroup, GroupedLinear, LinearGroup, Subspace, frozen
 from rankgate.errors import RankgateError
 from rankgate.quantized import (
@@ -35,6 +36,8 @@ from rankgate.quantized import (
     pad_to_group,
     unpack_nibbles,
 )
+
+IN_MEMORY = 1 << 30  # bytes of converted groups; what is packed of more of them lies in files
 
 
 class StoredLinear(nn.Module):
@@ -68,7 +71,8 @@ def packed_codes(base: QuantizedMatrix) -> Tensor:
 
 
 def tensors_of(grouped: dict[str, GroupedLinear]) -> dict[str, Tensor]:
-    """What is stored of the members of groups, by name of the tensor."""
+    """What is stored of the members of groups, by name of the tensor. Above 1 GiB, packed codes lie in files."""
+    large = sum(p.nbytes for group in {layer.group for layer in grouped.values()} for p in group.parameters())
     planes: dict[LinearGroup, Tensor] = {}  # of the last group only: its codes of E, one to a byte
     found: dict[str, Tensor] = {}
     for name, layer in grouped.items():
@@ -76,7 +80,7 @@ def tensors_of(grouped: dict[str, GroupedLinear]) -> dict[str, Tensor]:
         if isinstance(group, QuantizedGroup):
             if group.refinement is not None and group not in planes:
                 planes = {group: pad_to_group(group.refinement.unpack())}
-            tensors = _quantized(group, rows, planes.get(group))
+            tensors = _quantized(group, rows, planes.get(group), large > IN_MEMORY)
         else:
             assert isinstance(group, GatedGroup)
             tensors = {"A": group.A[rows], "W": None if group.W is None else group.W[rows]}
@@ -86,15 +90,23 @@ def tensors_of(grouped: dict[str, GroupedLinear]) -> dict[str, Tensor]:
     return found
 
 
-def _quantized(group: QuantizedGroup, rows: slice, plane: Tensor | None) -> dict[str, Tensor | None]:
+def _quantized(group: QuantizedGroup, rows: slice, plane: Tensor | None, large: bool) -> dict[str, Tensor | None]:
     base, low, fine = group.base.rows(rows), group.low_rank, group.refinement
-    tensors = {"weight_packed": packed_codes(base), "weight_scale": base.scale, "weight_zero_point": base.zero}
+    tensors = {
+        "weight_packed": _held(packed_codes(base), large),
+        "weight_scale": base.scale,
+        "weight_zero_point": base.zero,
+    }
     if low is not None:
         tensors |= {"low_rank_A": low.A[rows], "low_rank_B": low.B.clone(), "low_rank_scale": low.scale.clone()}
     if fine is not None and plane is not None:
-        tensors |= {"refinement_packed": pack(plane[rows], 4), "refinement_row": fine.row[rows]}
+        tensors |= {"refinement_packed": _held(pack(plane[rows], 4), large), "refinement_row": fine.row[rows]}
         tensors |= {"refinement_column": fine.column.clone(), "refinement_threshold": fine.gate.threshold.clone()}
     return tensors
+
+
+def _held(tensor: Tensor, in_files: bool) -> Tensor:
+    return in_file(tuple(tensor.shape), tensor.dtype).copy_(tensor) if in_files else tensor
 
 
 def empty(spec: dict[str, Any], dtype: torch.dtype) -> StoredLinear:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankgate.common.kept import Kept, anew
 from rankgate.core import GroupedLinear, LinearGroup
 from rankgate.errors import RankgateError
 from rankgate.methods.given import GroupStats, Linear
@@ -53,8 +54,11 @@ class Method(ABC):
         return False
 
     @abstractmethod
-    def rewrite(self, groups: Groups) -> Iterator[list[Rewrite]]:
-        """The rewritten linears of every input group, in order. Each is put in place before the next is asked for."""
+    def rewrite(self, groups: Groups, kept: Kept = anew) -> Iterator[list[Rewrite]]:
+        """The rewritten linears of every input group, in order. Each is put in place before the next is asked for.
+
+        kept: where a method whose work takes long may find what it has done before.
+        """
 
     def record(self) -> dict[str, Any]:
         """The method's name and settings as plain JSON values."""
@@ -67,7 +71,7 @@ class Method(ABC):
 class GroupwiseMethod(Method):
     """A method that needs to see only one group at a time."""
 
-    def rewrite(self, groups: Groups) -> Iterator[list[Rewrite]]:
+    def rewrite(self, groups: Groups, kept: Kept = anew) -> Iterator[list[Rewrite]]:
         for layers, stats in groups():
             yield self.rewrite_group(layers, stats)
 

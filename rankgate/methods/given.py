@@ -48,6 +48,17 @@ class GroupStats:
         sensitivity = None if self.sensitivity is None else self.sensitivity.to(device)
         return replace(self, sample=self.sample.to(device), sensitivity=sensitivity, _eigen=None)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """These statistics on the CPU, by names that begin with that of the first member."""
+        parts = {"C": self.C, "sample": self.sample, "tokens": torch.tensor(self.tokens), "F": self.sensitivity}
+        return {f"{self.members[0]}.{key}": part.cpu() for key, part in parts.items() if part is not None}
+
+    @classmethod
+    def of(cls, members: tuple[str, ...], tensors: dict[str, Tensor]) -> GroupStats:
+        """Undo `tensors`."""
+        C, sample, tokens = (tensors[f"{members[0]}.{key}"] for key in ("C", "sample", "tokens"))
+        return cls(members, C, int(tokens), sample, tensors.get(f"{members[0]}.F"))
+
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of C (n, descending, ≥ 0) and eigenvectors as columns (n × n). Computed once."""
         if self._eigen is None:

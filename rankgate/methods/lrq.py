@@ -15,13 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from rankgate.common.kept import Kept, anew
 from rankgate.core import ChannelGate
 from rankgate.errors import RankgateError
 from rankgate.methods.base import Groups, Method, Rewrite, members, stacked
+from rankgate.methods.given import GroupStats, Linear
 from rankgate.methods.quantize import (
     ChannelWorth,
     allocate_ranks,
@@ -31,7 +35,7 @@ from rankgate.methods.quantize import (
     rounding_worth,
     spectrum,
 )
-from rankgate.quantized import GROUP, Grid, QuantizedGroup
+from rankgate.quantized import GROUP, PART_DTYPES, Grid, QuantizedGroup
 
 SPREAD = 4  # a group may get at most this many times the mean rank
 
@@ -76,46 +80,61 @@ class LRQConfig(Method):
     def needs_sensitivity(self) -> bool:
         return True
 
-    def rewrite(self, groups: Groups) -> Iterator[list[Rewrite]]:
-        ranks, expected = self.survey(groups)
+    def rewrite(self, groups: Groups, kept: Kept = anew) -> Iterator[list[Rewrite]]:
+        ranks, expected = self.survey(groups, kept)
         level = gate_level(expected, self.refine) if expected else 0.0
         gates: list[tuple[ChannelGate, ChannelWorth]] = []
         for g, (layers, stats) in enumerate(groups()):
-            assert stats is not None and stats.sensitivity is not None
-            W = stacked(layers)
-            C = stats.C.to(W.device)
-            if expected:
-                C = closed_moment(C, stats.sample, expected[g].thresholds(level))
-            result = quantize_group(
-                W,
-                C,
-                stats.sensitivity,
-                grid=self.grid,
-                rank=ranks[g],
-                refined=self.refine > 0,
-                rounds=self.rounds,
-            )
-            if result.refinement is not None and result.worth is not None:
-                gates.append((result.refinement.gate, ChannelWorth(stats.sample, result.worth, len(W))))
-            group = QuantizedGroup(result.base, result.low_rank, result.refinement)
+            assert stats is not None
+            shut = expected[g].thresholds(level) if expected else None
+            made = kept(layers[0].name, partial(self._quantized, layers, stats, ranks[g], shut))
+            device, worth = layers[0].W.device, made.pop("worth", None)
+            group = QuantizedGroup.of(layers[0].n, [made.get(str(i)) for i in range(len(PART_DTYPES))]).to(device)
+            if group.gate is not None and worth is not None:
+                gates.append((group.gate, ChannelWorth(stats.sample, worth.to(device), group.m)))
             yield [Rewrite(module, ranks[g]) for module in members(group, layers)]
         if gates:
-            level = gate_level([worth for _, worth in gates], self.refine)
-            for gate, worth in gates:
-                gate.threshold.copy_(worth.thresholds(level))
+            level = gate_level([channels for _, channels in gates], self.refine)
+            for gate, channels in gates:
+                gate.threshold.copy_(channels.thresholds(level))
 
-    def survey(self, groups: Groups) -> tuple[list[int], list[ChannelWorth]]:
+    def _quantized(self, layers: list[Linear], stats: GroupStats, rank: int, shut: Tensor | None) -> dict[str, Tensor]:
+        """The parts of a quantised group by their number, and the `worth` of its refinement.
+
+        shut: thresholds (n) up to which gates are expected to be closed.
+        """
+        assert stats.sensitivity is not None
+        W = stacked(layers)
+        C = stats.C.to(W.device)
+        if shut is not None:
+            C = closed_moment(C, stats.sample, shut)
+        result = quantize_group(
+            W, C, stats.sensitivity, grid=self.grid, rank=rank, refined=self.refine > 0, rounds=self.rounds
+        )
+        parts = QuantizedGroup(result.base, result.low_rank, result.refinement).tensors
+        made = {str(i): part.detach() for i, part in enumerate(parts) if part is not None}
+        return made if result.worth is None else {**made, "worth": result.worth}
+
+    def survey(self, groups: Groups, kept: Kept = anew) -> tuple[list[int], list[ChannelWorth]]:
         """The rank of each group, and what its channel gates will decide by (nothing without a refinement)."""
         shapes, spectra, expected = [], [], []
         for layers, stats in groups():
-            assert stats is not None and stats.sensitivity is not None
-            W = stacked(layers)
-            shapes.append((len(W), layers[0].n))
-            spectra.append(torch.empty(0))
-            if self.rank:
-                most = SPREAD * self.rank
-                spectra[-1] = spectrum(W, stats.C.to(W.device), stats.sensitivity, self.grid, most)
+            assert stats is not None
+            found = kept(f"{layers[0].name} survey", partial(self._surveyed, layers, stats))
+            m = sum(layer.m for layer in layers)
+            shapes.append((m, layers[0].n))
+            spectra.append(found["spectrum"])
             if self.refine:
-                worth = rounding_worth(W, stats.sensitivity, self.bits)
-                expected.append(ChannelWorth(stats.sample, worth, len(W)))
+                expected.append(ChannelWorth(stats.sample, found["worth"].to(stats.sample.device), m))
         return allocate_ranks(spectra, shapes, self.rank), expected
+
+    def _surveyed(self, layers: list[Linear], stats: GroupStats) -> dict[str, Tensor]:
+        """The singular values that a correction could restore, and what a channel of the refinement may be worth."""
+        assert stats.sensitivity is not None
+        W, found = stacked(layers), {"spectrum": torch.empty(0)}
+        if self.rank:
+            most = SPREAD * self.rank
+            found["spectrum"] = spectrum(W, stats.C.to(W.device), stats.sensitivity, self.grid, most)
+        if self.refine:
+            found["worth"] = rounding_worth(W, stats.sensitivity, self.bits)
+        return found

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from rankgate.common.kept import Kept, anew
 from rankgate.errors import RankgateError
 from rankgate.methods.base import Groups, Method, Rewrite, members, stacked
 from rankgate.methods.given import GroupStats, Linear
@@ -66,7 +67,7 @@ class PlannedConfig(Method):
     def needs_sensitivity(self) -> bool:
         return True
 
-    def rewrite(self, groups: Groups) -> Iterator[list[Rewrite]]:
+    def rewrite(self, groups: Groups, kept: Kept = anew) -> Iterator[list[Rewrite]]:
         unknown = set(self.settings)
         for layers, stats in groups():
             assert stats is not None

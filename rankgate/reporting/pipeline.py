@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rankgate.attention.attend import AttentionConfig, select_tokens_
 from rankgate.attention.heads import check_share, try_heads
 from rankgate.common.copies import twin
+from rankgate.common.kept import Kept
 from rankgate.conversion.calibration import Stats, calibrate, fingerprint
 from rankgate.conversion.convert import LayerReport, convert_
 from rankgate.conversion.evaluation import Evaluation, TextComparison, compare_text, continuations, evaluate
@@ -43,10 +44,11 @@ def statistics(
     apart_from: Tensor | None = None,
     progress: bool = False,
     processes: ProcessGroup | None = None,
+    kept: Kept | None = None,
 ) -> Stats:
     """Calibration statistics: read from `file` if it exists, otherwise measured on `text` and saved there.
 
-    processes: see `calibrate`; the first one saves.
+    processes, kept: see `calibrate`; the first one saves.
     Raises RankgateError, before any work, if the text overlaps the windows `apart_from`.
     """
     if file is not None and Path(file).exists():
@@ -61,7 +63,9 @@ def statistics(
     if apart_from is not None:
         check_text(apart_from, hashes, allow=False)
     if stats is None:
-        stats = calibrate(opened.model, windows, sensitivity=sensitivity, progress=progress, processes=processes)
+        stats = calibrate(
+            opened.model, windows, sensitivity=sensitivity, progress=progress, processes=processes, kept=kept
+        )
         stats.text = str(Path(text).absolute()) if Path(text).is_file() else text
         if file is not None and leads(processes):
             stats.save(file)

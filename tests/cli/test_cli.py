@@ -160,7 +160,7 @@ ATTENTION = {
 
 @pytest.mark.parametrize("options", ATTENTION, ids=" ".join)
 def test_evaluate_with_fewer_keys(run, model_dir, tmp_path, options):
-    context = ("--context", "100", "--tokens", "200", "--calibration-tokens", "640", "--prompts", "1")
+    context = ("--context", "300", "--tokens", "600", "--calibration-tokens", "640", "--prompts", "1")
     out = run("evaluate", model_dir, *options, *context, "--json")
     direct = last(out)["attention"]
     assert ATTENTION[options] in out

@@ -104,7 +104,7 @@ def test_sensitivity_equals_the_expected_kl_of_a_small_disturbance():
 
 def test_non_finite_gradients_raise():
     model = tiny_model("llama")
-    handle = model.model.layers[1].register_full_backward_hook(lambda *_: (torch.full((1, 32, 32), torch.nan),))
+    handle = model.model.layers[1].mlp.register_full_backward_hook(lambda *_: (torch.full((1, 32, 32), torch.nan),))
     with pytest.raises(RankgateError, match="non-finite gradients"):
         calibrated(model, sensitivity=True)
     handle.remove()

@@ -105,3 +105,12 @@ def test_groups_are_whole_after_loading(tmp_path):
     layers = [layer for _, layer in converted_layers(model)]
     assert all(isinstance(layer, GroupedLinear) and isinstance(layer.group, QuantizedGroup) for layer in layers)
     assert not any(isinstance(module, stored.StoredLinear) for module in model.modules())
+
+
+def test_packed_codes_in_files_are_the_same(monkeypatch, tmp_path):
+    model = converted("llama", METHODS[0])
+    for folder, limit in (("memory", stored.IN_MEMORY), ("files", 0)):
+        monkeypatch.setattr(stored, "IN_MEMORY", limit)
+        model.save_pretrained(tmp_path / folder)
+    a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in ("memory", "files"))
+    assert a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())

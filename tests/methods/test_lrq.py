@@ -174,8 +174,8 @@ def test_dense_weights_go_as_soon_as_they_are_replaced(method):
     alive = []
     original = type(method).rewrite
 
-    def rewrite(self, groups):
-        for rewrites in original(self, groups):
+    def rewrite(self, groups, kept):
+        for rewrites in original(self, groups, kept):
             alive.append(sum(ref() is not None for ref in weights.values()))
             yield rewrites
 
