@@ -159,8 +159,9 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize("options", ATTENTION, ids=" ".join)
-def test_evaluate_with_fewer_keys(run, model_dir, tmp_path, options):
-    context = ("--context", "300", "--tokens", "600", "--calibration-tokens", "640", "--prompts", "1")
+def test_evaluate_with_fewer_keys(run, model_dir, tmp_path, options, monkeypatch):
+    monkeypatch.setattr("rankgate.ops.attention.STEP", 16)  # texts are short
+    context = ("--context", "100", "--tokens", "200", "--calibration-tokens", "640", "--prompts", "1")
     out = run("evaluate", model_dir, *options, *context, "--json")
     direct = last(out)["attention"]
     assert ATTENTION[options] in out
