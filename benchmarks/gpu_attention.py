@@ -6,11 +6,12 @@ Attention of a prompt: layers of the shape of an 8B model (32 heads of 128, 8 ke
 heads), bfloat16, against scaled_dot_product_attention of the same queries, keys and values. What the key heads read is
 what was planned for 40 % of the keys of SmolLM2-135M on texts of 4,096 tokens (results/attention_quality.json), dealt
 out to the heads of several layers, windows in proportion to the text. Keys are random, around as many centres that
-about 0.3 of them are representatives, as in SmolLM2. *choosing*: representatives alone.
+about 0.3 of them are representatives, as in SmolLM2. *choosing*: representatives alone. The same without
+representatives: heads that have some take windows that read as much.
 
 Whole models of these shapes with random weights, 4 bits with refinements (lrq): reading a prompt, and a token after it
-by captured steps, with all keys and by head. Keys of random models have no representatives: heads that have some take
-windows that read as much. Medians of repeats in turn.
+by captured steps, with all keys and by head, without representatives, which random keys have not. Medians of repeats in
+turn.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel
 
-from rankgate.attention.attend import AttentionConfig, select_tokens_
+from rankgate.attention.attend import AttentionConfig, TokenSelection, select_tokens_
 from rankgate.attention.prompt import attend_prompt
 from rankgate.attention.select import select_each, unit
 from rankgate.attention.strands import Heads, Strand
@@ -42,8 +43,8 @@ from rankgate.conversion.groups import input_groups
 LENGTHS, MODEL_LENGTHS = (4096, 16384, 32768, 65536), (16384, 32768)
 KEYS, PLANNED, SINKS, WIDTH, HEADS = 0.4, 4096, 4, 128, 32
 REPRESENTATIVES, SPREAD = 0.3, 0.1  # share of keys, and how far those of a centre lie apart
-DRAWN = 32  # key heads that the plan is dealt out to, at least
-REPEATS, FEW, MANY = 5, 16, 80
+DRAWN = 96  # key heads that the plan is dealt out to
+REPEATS, FEW, MANY = 3, 16, 80
 SHAPES = {
     "8B, 8 key heads": LlamaConfig(
         **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": HEADS},
@@ -57,20 +58,20 @@ def main() -> None:
     options = frame.parser(__doc__)
     options.add_argument("--budget", type=float, default=1e9, help="seconds after which no row is begun")
     end = time.monotonic() + frame.start(options).budget
-    rows = [functools.partial(prompts, name, tokens) for tokens in LENGTHS for name in SHAPES]
+    rows = [functools.partial(prompts, name, tokens, r) for tokens in LENGTHS for name in SHAPES for r in (True, False)]
     models = (row for name in SHAPES for row in models_of(name, end))
     settings = {"device": frame.card(), "keys": KEYS, "planned": PLANNED, "repeats": REPEATS}
     found = (row() for row in rows if time.monotonic() < end)
     frame.record(f"gpu_attention/{frame.device_name()}", settings, (row for rows in (found, models) for row in rows))
 
 
-def planned(tokens: int, count: int, *, representatives: bool = True) -> list[Heads]:
+def planned(tokens: int, count: int, *, representatives: bool) -> list[Heads]:
     """What so many key heads read of texts of so many tokens: the plan of SmolLM2, in a fixed random order."""
     plans = frame.load("attention_quality")["results"]
     (kinds,) = (r["heads"] for r in plans if r["rule"] == "by head" and (r["length"], r["keys"]) == (PLANNED, KEYS))
     heads = [head(kind, tokens) for kind, number in sorted(kinds.items()) for _ in range(number)]
     if not representatives:
-        heads = [h if h.tau is None else Heads(int(REPRESENTATIVES * tokens), None) for h in heads]
+        heads = [h if h.tau is None else Heads(int((1 - (1 - REPRESENTATIVES) ** 0.5) * tokens), None) for h in heads]
     random.Random(frame.SEED).shuffle(heads)
     return (heads * -(-count // len(heads)))[:count]
 
@@ -84,7 +85,7 @@ def head(kind: str, tokens: int) -> Heads:
 
 
 @torch.inference_mode()
-def prompts(name: str, tokens: int) -> Row:
+def prompts(name: str, tokens: int, representatives: bool) -> Row:
     """One shape and length: milliseconds of a layer, the mean over several."""
     groups = SHAPES[name].num_key_value_heads
     layers = DRAWN // groups
@@ -93,7 +94,7 @@ def prompts(name: str, tokens: int) -> Row:
     near = torch.randn(groups, centres, WIDTH, device=DEVICE)[:, which]
     k = (near + SPREAD * torch.randn(groups, tokens, WIDTH, device=DEVICE)).to(DTYPE)
     q, v = (torch.randn(heads, tokens, WIDTH, device=DEVICE, dtype=DTYPE) for heads in (HEADS, groups))
-    heads = planned(tokens, DRAWN)
+    heads = planned(tokens, DRAWN, representatives=representatives)
     by_layer = [heads[layer * groups : (layer + 1) * groups] for layer in range(layers)]
     strands: list[list[Strand]] = []
 
@@ -117,7 +118,8 @@ def prompts(name: str, tokens: int) -> Row:
     ms = {what: 1e3 * value / layers for what, value in seconds.items()}
     every = [strand for layer in strands for strand in layer]
     share = sum(strand.read for strand in every) / sum(strand.pairs for strand in every)
-    return {"what": "prompt", "shape": name, "tokens": tokens, "share": share, **ms}
+    what = {"what": "prompt", "shape": name, "tokens": tokens, "representatives": representatives}
+    return {**what, "share": share, **ms}
 
 
 def grouped(heads: list[Heads]) -> list[Strand]:
@@ -156,16 +158,23 @@ def whole(model: PreTrainedModel, tokens: int) -> Row:
             out[f"{what}_prompt_s"] = statistics.median(prompt)
             out[f"{what}_ms"] = 1e3 * statistics.median(steps) / (MANY - FEW)
             if selection is not None:
-                before = selection.read, selection.pairs
-                generate(model, ids, 1, "engine")
-                prompts = selection.read - before[0], selection.pairs - before[1]
-                out["share"] = prompts[0] / prompts[1]
+                read = [counted(selection, functools.partial(generate, model, ids, new, "engine")) for new in (1, MANY)]
+                out["share"] = read[0][0] / read[0][1]
+                out["step_share"] = (read[1][0] - read[0][0]) / (read[1][1] - read[0][1])
     return out
+
+
+def counted(selection: TokenSelection, call: Callable[[], Any]) -> tuple[int, int]:
+    """Keys read, and all, in a call."""
+    read, pairs = selection.read, selection.pairs
+    call()
+    return selection.read - read, selection.pairs - pairs
 
 
 PROMPTS: Columns = {
     "shape": lambda r: r["shape"],
     "T": lambda r: f"{r['tokens']:,}",
+    "representatives": lambda r: "yes" if r["representatives"] else "no",
     "keys read": lambda r: f"{r['share']:.2f}",
     "SDPA, ms": lambda r: f"{r['dense']:.2f}",
     "by head, ms": lambda r: f"{r['few']:.2f}",
@@ -175,7 +184,7 @@ PROMPTS: Columns = {
 MODELS: Columns = {
     "shape": lambda r: r["shape"],
     "T": lambda r: f"{r['tokens']:,}",
-    "keys read in the prompt": lambda r: f"{r['share']:.2f}",
+    "keys read, prompt and after": lambda r: f"{r['share']:.2f}, {r['step_share']:.2f}",
     "prompt, s": lambda r: f"{r['dense_prompt_s']:.2f} → {r['few_prompt_s']:.2f}",
     "× as fast": lambda r: f"{r['dense_prompt_s'] / r['few_prompt_s']:.2f}",
     "a token, ms": lambda r: f"{r['dense_ms']:.2f} → {r['few_ms']:.2f}",

@@ -52,13 +52,16 @@ class HeadCosts:
     shares: Tensor
     layers: int
 
-    def plan(self, keys: float) -> HeadPlan:
+    def plan(self, keys: float, *, representatives: bool = True) -> HeadPlan:
         """The settings with which all heads read a share `keys` of the keys of dense attention.
+
+        representatives: whether some heads may have them: less loss, but prompts on a GPU take longer.
 
         Raises RankgateError if the share is not in (0, 1], or below what the shortest windows read.
         """
         check_share(keys)
-        pick = _within(self.losses, self.shares, keys)
+        usable = [i for i, own in enumerate(self.candidates) if representatives or own.tau is None]
+        pick = torch.tensor(usable)[_within(self.losses[:, usable], self.shares[:, usable], keys)]
         share, loss = (table.gather(1, pick[:, None]).squeeze(1) for table in (self.shares, self.losses))
         least = share.mean().item()
         if least > keys:

@@ -56,9 +56,9 @@ def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(heads, device=device)
 
 
-def _of(strand: Strand, x: Tensor) -> Tensor:
-    """The heads (of G × …) that it is about."""
-    return x[_index(tuple(strand.heads), x.device)]
+def _of(strand: Strand, x: Tensor, tokens: Tensor) -> Tensor:
+    """Of its heads (of G × T × …) these tokens."""
+    return x[_index(tuple(strand.heads), x.device)[:, None], tokens]
 
 
 def _heads(strands: list[Strand], counts: list[int], device: torch.device) -> Tensor:
@@ -77,13 +77,11 @@ def _read_windows(strands: list[Strand], q: Tensor, k: Tensor, v: Tensor, scale:
     tokens, sinks = k.shape[1], strands[0].sinks
     attend_windows(q, k, v, _heads(strands, [0] * len(strands), k.device), sinks, None, scale, attention.STEP, out)
     for strand in strands:
-        start, heads = _start(strand, tokens), len(strand.heads)
+        heads = len(strand.heads)
         strand.pairs = heads * tokens * (tokens + 1) // 2
         strand.read = strand.pairs - heads * _unread(strand.window, sinks, tokens)
-        strand.keys, strand.values = (
-            torch.cat([_of(strand, x[:, :sinks]), _of(strand, x[:, start:])], 1) for x in (k, v)
-        )
-        strand.table, strand.seen = _plain_table(sinks, start, tokens, k.device), tokens
+        strand.table, strand.seen = _plain_table(sinks, _start(strand, tokens), tokens, k.device), tokens
+        strand.keys, strand.values = (_of(strand, x, strand.table[0]) for x in (k, v))
 
 
 @functools.lru_cache
@@ -108,7 +106,7 @@ def _chosen(strands: list[Strand], k: Tensor, ready: torch.cuda.Event | None) ->
     """Which of the keys of each strand are representatives, and each token's: both (strands, T)."""
     tau = torch.tensor([strand.own.tau for strand in strands], device=k.device)
     if ready is None:
-        return select_each(unit(torch.cat([_of(strand, k) for strand in strands])), tau)
+        return select_each(unit(k[[strand.heads[0] for strand in strands]]), tau)
     here, beside = torch.cuda.current_stream(k.device), _second_stream(k.device)
     beside.wait_event(ready)
     with torch.cuda.stream(beside):
@@ -132,7 +130,7 @@ def _read_kept(
     read = tokens * (tokens + 1) // 2 + ((ends - low) * (tokens - begins).clamp_max_(step)).sum(1, keepdim=True)
     counts, held, reads = torch.cat([before[:, -1:], before.gather(1, starts), read], 1).T.tolist()
     positions = kept.nonzero()[:, 1].split(counts)
-    parts = [[_of(s, x)[:, at] for x in (k, v)] for s, at in zip(strands, positions, strict=True)]
+    parts = [[_of(s, x, at) for x in (k, v)] for s, at in zip(strands, positions, strict=True)]
     keys, values = (torch.cat([x.flatten(0, 1) for x in every]) for every in zip(*parts, strict=True))
     first = before[:, -1:].cumsum(0) - before[:, -1:]
     column = (first + before[:, :-1]).gather(1, owner)  # of the bias of a token's representative
@@ -145,13 +143,9 @@ def _read_kept(
     attend_windows(q, k, v, table, sinks, lists, scale, step, out)
     gone = torch.zeros_like(owner).scatter_add_(1, owner, (~kept & (t < starts)).long())
     for i, strand in enumerate(strands):
-        start = _start(strand, tokens)
         strand.read, strand.pairs = len(strand.heads) * reads[i], len(strand.heads) * tokens * (tokens + 1) // 2
-        strand.keys, strand.values = (
-            torch.cat([some[:, : held[i]], _of(strand, x[:, start:])], 1)
-            for some, x in zip(parts[i], (k, v), strict=True)
-        )
-        at = torch.cat([positions[i][: held[i]], t[start:]])
+        at = torch.cat([positions[i][: held[i]], t[_start(strand, tokens) :]])
+        strand.keys, strand.values = (_of(strand, x, at) for x in (k, v))
         strand.table = torch.stack([at, chosen[i, at].long(), owner[i, at], gone[i, at]])
         strand.seen = tokens
 

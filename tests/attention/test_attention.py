@@ -283,6 +283,9 @@ def test_heads_are_chosen_by_what_they_cost():
     assert costs.plan(1.0).loss == pytest.approx(0, abs=1e-9)
     plans = [costs.plan(share) for share in (0.96, 0.92)]
     assert 0 < plans[0].loss < plans[1].loss
+    plain = costs.plan(0.92, representatives=False)
+    assert all(own.tau is None for row in plain.heads for own in row)
+    assert plans[1].loss <= plain.loss
     assert all(plan.share <= share for plan, share in zip(plans, (0.96, 0.92), strict=True))
     with torch.no_grad(), select_tokens_(model, AttentionConfig(heads=plans[1].heads)) as selection:
         for window in windows:

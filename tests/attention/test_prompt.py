@@ -40,7 +40,7 @@ def test_the_nearest_earlier_column():
     rows, columns = torch.arange(7, 290, 2, device=DEVICE), torch.arange(0, 299, 5, device=DEVICE)
     likeness, column, dots = _nearest_by_kernel(x, rows, columns)
     best, place, _ = _nearest(x.cpu(), rows.cpu(), columns.cpu())
-    torch.testing.assert_close(likeness.cpu(), best, atol=2e-3 if DEVICE == "cuda" else 1e-6, rtol=0)  # tf32
+    torch.testing.assert_close(likeness.cpu(), best, atol=2e-3 if DEVICE == "cuda" else 5e-5, rtol=0)  # tf32
     assert torch.equal(column.cpu(), place)
     assert dots == sum(int((columns < row).sum()) for row in rows)
     nothing = _nearest_by_kernel(x, rows, columns[:0])

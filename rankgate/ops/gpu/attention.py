@@ -22,6 +22,7 @@ from rankgate.ops.gpu.overlap import begin, overlaps
 
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 BLOCK = 128  # keys read together
+SPLITS = 64  # programs for a key head, at most; so many where some heads hold much more than others
 COUNTERS = 4096  # heads times new tokens, at most
 
 
@@ -92,7 +93,7 @@ def _attend(
         rows = tl.load(cache + 3).to(cache.dtype) + 6 * g
         start, kept, ring, length = tl.load(rows), tl.load(rows + 1), tl.load(rows + 2), tl.load(rows + 3)
         earliest = tl.maximum(tl.load(rows + 5), last // STEP * STEP - tl.load(rows + 4))
-        bias = tl.load(cache + 2).to(parts.dtype)
+        bias, turn = tl.load(cache + 2).to(parts.dtype), earliest // length * length
     else:
         start, kept, length = last * 0, last * 0, tl.load(cache + 2)
         ring, earliest = group * length, tl.maximum(last + 1 - window, 0) if WINDOW else last * 0
@@ -117,9 +118,9 @@ def _attend(
     mixed = tl.zeros((LINES, VALUE), tl.float32)
     for block in range(split, blocks, SPLITS):
         t = (begin_block + block - early) * BLOCK + tl.arange(0, BLOCK)
-        within, row = (t >= earliest) & (t <= last), ring + (t % length if STEP else t)
-        old = t < first  # what is new may not be stored yet
+        within, row, old = (t >= earliest) & (t <= last), ring + t, t < first  # what is new may not be stored yet
         if STEP:
+            row = tl.where(t - turn < length, row - turn, row - turn - length)  # t mod length
             place = tl.where(block < early, block * BLOCK + tl.arange(0, BLOCK), kept)
             is_kept = place < kept
             within = tl.where(block < early, is_kept, within)
@@ -233,7 +234,7 @@ def _launch(
     (sequences, heads, tokens, width), (_, groups, _, value_width) = q.shape, v.shape
     if sequences * groups * tokens > COUNTERS:
         raise ValueError(f"{groups} key heads for {sequences * tokens} tokens are more than {COUNTERS}")
-    splits = min(64, triton.next_power_of_2(triton.cdiv(PROGRAMS, sequences * groups)))
+    splits = SPLITS if step else min(SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, sequences * groups)))
     overlap = overlaps(q.device)
     VALUE = max(16, triton.next_power_of_2(value_width))
     out = q.new_empty((sequences, tokens, heads, value_width))

@@ -29,7 +29,7 @@ DEPTH = 64  # elements of a token multiplied at once
 
 @triton.jit
 def _cosines(x, rows, columns, width, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """TILE × TILE products of tokens of x (… × width) at the given rows and columns, at most 1."""
+    """TILE × TILE products of tokens of x (… × width) at the given rows and columns."""
     i = tl.arange(0, DEPTH)
     left, right = x + rows.to(tl.int64)[:, None] * width, x + columns.to(tl.int64)[:, None] * width
     out = tl.zeros((TILE, TILE), tl.float32)
@@ -38,7 +38,7 @@ def _cosines(x, rows, columns, width, TILE: tl.constexpr, DEPTH: tl.constexpr):
         a = tl.load(left + at + i[None, :], mask=inside, other=0.0)
         b = tl.load(right + at + i[None, :], mask=inside, other=0.0)
         out = dot(a, tl.trans(b), out, "tf32")
-    return tl.minimum(out, 1.0)
+    return out
 
 
 @triton.jit
@@ -57,11 +57,11 @@ def _within(x, least, near, tokens, width, CHUNK: tl.constexpr, TILE: tl.constex
     if column * TILE <= row * TILE % CHUNK:
         x += text.to(tl.int64) * tokens * width
         cosines = _cosines(x, tl.minimum(t, tokens - 1), tl.minimum(s, tokens - 1), width, TILE, DEPTH)
-        close = ((cosines > tl.load(least + text)) & (s[None, :] < t[:, None])).to(tl.int32)
+        close = (tl.minimum(cosines, 1.0) > tl.load(least + text)) & (s[None, :] < t[:, None])
         place = (
             (text.to(tl.int64) * tokens + t[:, None]) * (CHUNK // 32) + column * WORDS + tl.arange(0, WORDS)[None, :]
         )
-        tl.store(near + place, _packed(close, TILE, WORDS), mask=t[:, None] < tokens)
+        tl.store(near + place, _packed(close.to(tl.int32), TILE, WORDS), mask=t[:, None] < tokens)
 
 
 @triton.jit
@@ -74,13 +74,12 @@ def _against(
     t = start + row * TILE + n
     count, limit, found = tl.load(counts + text), tl.load(least + text), found + text.to(tl.int64) * tokens
     x += text.to(tl.int64) * tokens * width
-    close = tl.zeros((TILE,), tl.int32)
+    top = tl.full((TILE,), -1.0, tl.float32)
     for at in range(split * TILE, count, SPLITS * TILE):
-        known = at + n < count
-        columns = tl.load(found + at + n, mask=known, other=0)
-        cosines = _cosines(x, tl.minimum(t, tokens - 1), columns, width, TILE, DEPTH)
-        close = close | tl.max(((cosines > limit) & known[None, :]).to(tl.int32), 1)
-    tl.store(taken + text.to(tl.int64) * tokens + t, close.to(tl.int8), mask=(close > 0) & (t < tokens))
+        columns = tl.load(found + tl.minimum(at + n, count - 1))  # the last one several times
+        top = tl.maximum(top, tl.max(_cosines(x, tl.minimum(t, tokens - 1), columns, width, TILE, DEPTH), 1))
+    close = tl.minimum(top, 1.0) > limit
+    tl.store(taken + text.to(tl.int64) * tokens + t, close.to(tl.int8), mask=close & (t < tokens))
 
 
 @triton.jit
@@ -138,14 +137,16 @@ def _nearest(
     r, end = tile * TILE + n, tl.load(ends + text * tl.num_programs(0) + tile)
     x, columns = x + text * tokens * width, columns + text * capacity
     t = tl.load(rows + r, mask=r < count, other=0)
-    top, at_top = tl.full((TILE,), -1.0, tl.float32), tl.zeros((TILE,), tl.int32)
+    low: tl.constexpr = TILE - 1  # the last bits of a cosine make room for the number of its column: 3e-5
+    top, at_top = tl.full((TILE,), 0, tl.int32), tl.zeros((TILE,), tl.int32)
     for at in range(split * TILE, end, SPLITS * TILE):
-        s = tl.load(columns + at + n, mask=at + n < end, other=0)
-        cosines = _cosines(x, t, s, width, TILE, DEPTH)
-        cosines = tl.where((at + n < end)[None, :] & (s[None, :] < t[:, None]), cosines, -1.0)
-        high = tl.max(cosines, 1)
-        at_top = tl.where(high > top, at + tl.argmax(cosines, 1), at_top)
+        s = tl.load(columns + tl.minimum(at + n, end - 1))
+        cosines = tl.minimum(_cosines(x, t, s, width, TILE, DEPTH), 1.0) + 2.0  # positive, in the order of its bits
+        cosines = tl.where((at + n < end)[None, :] & (s[None, :] < t[:, None]), cosines, 1.0)
+        high = tl.max((cosines.to(tl.int32, bitcast=True) & ~low) | (low - n)[None, :], 1)
+        at_top = tl.where((high & ~low) > (top & ~low), at + low - (high & low), at_top)
         top = tl.maximum(top, high)
+    top = tl.maximum((top & ~low).to(tl.float32, bitcast=True) - 2.0, -1.0)
     out = (split * tl.num_programs(2) + text) * count + r
     tl.store(best + out, top, mask=r < count)
     tl.store(place + out, at_top, mask=r < count)
