@@ -156,9 +156,10 @@ def main() -> None:
             more = {"num_warps": shape.pop("num_warps", 4), "fire": I8}
             more |= dict.fromkeys(("order", "count"), I64 if shape["LISTED"] else None)
             build(gathered_gpu._multiply, shape, x=dtype, W=dtype, y=dtype, **more, **size)
-        shape = {"SHARE": 3, "LINES": 16, "WIDTH": 64, "VALUE": 64, "BLOCK": 128, "SPLITS": 8, "OVERLAP": True}
+        shape = {"SHARE": 3, "LINES": 16, "width": 64, "value_width": 60, "WIDTH": 64, "VALUE": 64, "OVERLAP": True}
+        shape |= {"BLOCK": attention_gpu.BLOCK, "SPLITS": attention_gpu.SPLITS}
         cache = {"cache": I64, "counters": I64, "position": I64, "parts": F32, "sums": F32}
-        numbers = {"groups": 2, "width": 64, "value_width": 64, "scale": 0.1, "window": 9, "cap": 2.5}
+        numbers = {"groups": 2, "scale": 0.1, "window": 9, "cap": 2.5}
         for rule, step in ((False, 0), (True, 0), (False, 128)):
             constants = {**shape, "STEP": step, **dict.fromkeys(("WINDOW", "CAP", "SINKS"), rule)}
             given = {**dict.fromkeys(("q", "k", "v", "out"), dtype), "sinks": F32 if rule else dtype}

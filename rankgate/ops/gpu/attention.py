@@ -22,6 +22,7 @@ from rankgate.ops.gpu.overlap import begin, overlaps
 
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 BLOCK = 128  # keys read together
+NEW = tl.constexpr(16)  # new ones
 SPLITS = 64  # programs for a key head, at most; so many where some heads hold much more than others
 COUNTERS = 4096  # heads times new tokens, at most
 
@@ -54,6 +55,20 @@ def _times(weight, value):
 
 
 @triton.jit
+def _more(top, total, mixed, query, key, value, bias, within, scale, cap, CAP: tl.constexpr, BIAS: tl.constexpr):
+    """The softmax so far (largest score, sum, weighted values), and some keys and values more."""
+    score = dot(query, tl.trans(key), None, "ieee") * scale
+    if BIAS:
+        score += bias[None, :]
+    if CAP:
+        score = cap * (2 * tl.sigmoid(2 * score / cap) - 1)
+    score = tl.where(within[None, :], score, -float("inf"))
+    higher = tl.maximum(tl.maximum(top, tl.max(score, 1)), -1e30)  # which a part without keys does not reach
+    weight, shrink = tl.exp(score - higher[:, None]), tl.exp(top - higher)
+    return higher, total * shrink + tl.sum(weight, 1), mixed * shrink[:, None] + _times(weight, value)
+
+
+@triton.jit
 def _attend(
     q,
     k,
@@ -65,12 +80,12 @@ def _attend(
     parts,
     sums,
     groups,
-    width,
-    value_width,
     scale,
     window,
     cap,
     sinks,
+    width: tl.constexpr,
+    value_width: tl.constexpr,
     SHARE: tl.constexpr,
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -88,7 +103,8 @@ def _attend(
     sequence, g = group // groups, group % groups
     first = tl.load(position + sequence * tokens)
     last = first + token
-    keys, values = tl.load(cache).to(k.dtype), tl.load(cache + 1).to(v.dtype)
+    keys = tl.multiple_of(tl.load(cache).to(k.dtype), 16)
+    values = tl.multiple_of(tl.load(cache + 1).to(v.dtype), 16)
     if STEP:
         rows = tl.load(cache + 3).to(cache.dtype) + 6 * g
         start, kept, ring, length = tl.load(rows), tl.load(rows + 1), tl.load(rows + 2), tl.load(rows + 3)
@@ -98,49 +114,43 @@ def _attend(
         start, kept, length = last * 0, last * 0, tl.load(cache + 2)
         ring, earliest = group * length, tl.maximum(last + 1 - window, 0) if WINDOW else last * 0
     early, begin_block = tl.cdiv(kept, BLOCK), earliest // BLOCK
-    blocks = early + last // BLOCK + 1 - begin_block
-    active = tl.minimum(SPLITS, blocks).to(tl.int32)
+    blocks = early + tl.maximum(tl.cdiv(first, BLOCK) - begin_block, 0)  # of what is stored already
+    active = tl.maximum(tl.minimum(SPLITS, blocks), 1).to(tl.int32)
     if split >= active:
         return
     line, i, e = tl.arange(0, LINES), tl.arange(0, WIDTH), tl.arange(0, VALUE)
     inside, value_inside = i < width, e < value_width
     head = group * SHARE + line
-    new_keys, new_values = k + group * tokens * width, v + group * tokens * value_width
     query_at = q + (head[:, None] * tokens + token) * width + i
-    query = tl.load(query_at, mask=(line[:, None] < SHARE) & inside, other=0.0)
-    if split == 0:
-        at_row = ring + (last % length if STEP else last)
-        own_key = tl.load(new_keys + token * width + i, mask=inside, other=0.0)
-        own_value = tl.load(new_values + token * value_width + e, mask=value_inside, other=0.0)
-        tl.store(keys + at_row * width + i, own_key, mask=inside)
-        tl.store(values + at_row * value_width + e, own_value, mask=value_inside)
+    query = tl.load(query_at, mask=(line[:, None] < SHARE) & inside, other=0.0).to(k.dtype.element_ty)
     top, total = tl.full((LINES,), -float("inf"), tl.float32), tl.zeros((LINES,), tl.float32)
     mixed = tl.zeros((LINES, VALUE), tl.float32)
     for block in range(split, blocks, SPLITS):
         t = (begin_block + block - early) * BLOCK + tl.arange(0, BLOCK)
-        within, row, old = (t >= earliest) & (t <= last), ring + t, t < first  # what is new may not be stored yet
+        within, row, more = (t >= earliest) & (t < first), ring + t, 0.0
         if STEP:
-            row = tl.where(t - turn < length, row - turn, row - turn - length)  # t mod length
             place = tl.where(block < early, block * BLOCK + tl.arange(0, BLOCK), kept)
-            is_kept = place < kept
-            within = tl.where(block < early, is_kept, within)
-            row, old = tl.where(block < early, start + place, row), tl.where(block < early, True, old)
+            row = tl.where(t - turn < length, row - turn, row - turn - length)  # t mod length
+            row = tl.where(block < early, start + place, row)
+            within = tl.where(block < early, place < kept, within)
+            more = tl.load(bias + row, mask=place < kept, other=0.0)
         seen = within[:, None]
-        key_rows = tl.where(old, keys + row * width, new_keys + (t - first) * width)
-        value_rows = tl.where(old, values + row * value_width, new_values + (t - first) * value_width)
-        key = tl.load(key_rows[:, None] + i, mask=seen & inside, other=0.0)
-        value = tl.load(value_rows[:, None] + e, mask=seen & value_inside, other=0.0)
-        score = dot(query.to(key.dtype), tl.trans(key), None, "ieee") * scale
-        if STEP:
-            score += tl.load(bias + row, mask=is_kept, other=0.0)[None, :]
-        if CAP:
-            score = cap * (2 * tl.sigmoid(2 * score / cap) - 1)
-        score = tl.where(within[None, :], score, -float("inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        weight, shrink = tl.exp(score - higher[:, None]), tl.exp(top - higher)
-        total = total * shrink + tl.sum(weight, 1)
-        mixed = mixed * shrink[:, None] + _times(weight, value)
-        top = higher
+        key = tl.load(keys + row[:, None] * width + i, mask=seen & inside, other=0.0)
+        value = tl.load(values + row[:, None] * value_width + e, mask=seen & value_inside, other=0.0)
+        top, total, mixed = _more(top, total, mixed, query, key, value, more, within, scale, cap, CAP, STEP > 0)
+    if split == 0:  # what is new may not be stored yet
+        for at in range(0, token + 1, NEW):
+            new = at + tl.arange(0, NEW)
+            within, row = (new <= token) & (first + new >= earliest), group * tokens + new
+            seen = within[:, None]
+            key = tl.load(k + row[:, None] * width + i, mask=seen & inside, other=0.0)
+            value = tl.load(v + row[:, None] * value_width + e, mask=seen & value_inside, other=0.0)
+            top, total, mixed = _more(top, total, mixed, query, key, value, 0.0, within, scale, cap, CAP, False)
+        own, at_row = group * tokens + token, ring + (last % length if STEP else last)
+        own_key = tl.load(k + own * width + i, mask=inside, other=0.0)
+        own_value = tl.load(v + own * value_width + e, mask=value_inside, other=0.0)
+        tl.store(keys + at_row * width + i, own_key, mask=inside)
+        tl.store(values + at_row * value_width + e, own_value, mask=value_inside)
     if SINKS and split == 0:
         sink = tl.load(sinks + g * SHARE + line, mask=line < SHARE, other=0.0)
         higher = tl.maximum(top, sink)
@@ -251,12 +261,12 @@ def _launch(
         parts,
         sums,
         groups,
-        width,
-        value_width,
         scale,
         window,
         cap,
         q if sinks is None else sinks,
+        width=width,
+        value_width=value_width,
         SHARE=heads // groups,
         LINES=max(16, triton.next_power_of_2(heads // groups)),
         WIDTH=max(16, triton.next_power_of_2(width)),
