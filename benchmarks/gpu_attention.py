@@ -41,7 +41,7 @@ from rankgate.attention.strands import Heads, Strand
 from rankgate.conversion.groups import input_groups
 
 LENGTHS, MODEL_LENGTHS = (4096, 16384, 32768, 65536), (16384, 32768)
-KEYS, PLANNED, SINKS, WIDTH, HEADS = 0.4, 4096, 4, 128, 32
+KEYS, PLANNED, SINKS, WIDTH, HEADS = 0.4, 8192, 4, 128, 32
 REPRESENTATIVES, SPREAD = 0.3, 0.1  # share of keys, and how far those of a centre lie apart
 DRAWN = 96  # key heads that the plan is dealt out to
 REPEATS, FEW, MANY = 3, 16, 80
@@ -67,11 +67,9 @@ def main() -> None:
 
 def planned(tokens: int, count: int, *, representatives: bool) -> list[Heads]:
     """What so many key heads read of texts of so many tokens: the plan of SmolLM2, in a fixed random order."""
-    plans = frame.load("attention_quality")["results"]
-    (kinds,) = (r["heads"] for r in plans if r["rule"] == "by head" and (r["length"], r["keys"]) == (PLANNED, KEYS))
+    plans = [r for r in frame.load("attention_quality")["results"] if r["rule"] == "by head" and r["length"] == PLANNED]
+    (kinds,) = (r["heads"] for r in plans if (r["keys"], r["representatives"]) == (KEYS, representatives))
     heads = [head(kind, tokens) for kind, number in sorted(kinds.items()) for _ in range(number)]
-    if not representatives:
-        heads = [h if h.tau is None else Heads(int((1 - (1 - REPRESENTATIVES) ** 0.5) * tokens), None) for h in heads]
     random.Random(frame.SEED).shuffle(heads)
     return (heads * -(-count // len(heads)))[:count]
 

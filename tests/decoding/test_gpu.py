@@ -10,6 +10,8 @@ from test_decode import CAPTURED, METHODS, MODES, Recorder, both, captured, vari
 from test_experts import MIXTURES, converted
 from transformers import PreTrainedModel
 
+from rankgate.attention.attend import AttentionConfig, select_tokens_
+from rankgate.attention.strands import Heads
 from rankgate.conversion.calibration import calibrate
 from rankgate.conversion.convert import convert_
 from rankgate.decoding import steps as module
@@ -17,6 +19,7 @@ from rankgate.decoding.batch import Batch
 from rankgate.decoding.exact import LONGEST, Costs, exact_generate
 from rankgate.decoding.loop import fast_generate
 from rankgate.methods import Int8Config
+from rankgate.ops.attention import STEP
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -48,6 +51,18 @@ def test_several_sequences(architecture: str, method: str):
         expected, got = both(model, ids, attention_mask=given)
         assert torch.equal(expected, got)
     assert module.captured(model, sequences=3) is not None
+
+
+def test_fewer_keys_by_head():
+    model = on_gpu("llama", "dense")
+    every, options = Heads(None, None), {"max_new_tokens": 2 * STEP, "min_new_tokens": 2 * STEP}
+    config = AttentionConfig(heads=((every, Heads(40, None)), (Heads(STEP, 0.9), Heads(3 * STEP, None))))
+    for length in (3, STEP - 1, 3 * STEP + 5):
+        with select_tokens_(model, config) as selection:
+            expected, got = both(model, tokens(1, length, seed=length).cuda(), **options)
+        assert torch.equal(expected, got)
+        assert 0 < selection.share < 1
+    assert captured(model)
 
 
 @pytest.mark.parametrize("method", ["int8", "lrq"])

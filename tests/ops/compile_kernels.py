@@ -86,6 +86,18 @@ def build_cuda(library: ctypes.CDLL, name: str, **values: int) -> None:
     print(name, values)
 
 
+def attention(dtype: torch.dtype) -> None:
+    """Of new tokens."""
+    shape = {"SHARE": 3, "LINES": 16, "width": 64, "value_width": 60, "WIDTH": 64, "VALUE": 64, "OVERLAP": True}
+    shape |= {"BLOCK": attention_gpu.BLOCK, "SPLITS": attention_gpu.SPLITS}
+    cache = {"cache": I64, "counters": I64, "position": I64, "parts": F32, "sums": F32}
+    numbers = {"groups": 2, "scale": 0.1, "window": 9, "cap": 2.5}
+    for rule, step in ((False, 0), (True, 0), (False, 128)):
+        constants = {**shape, "STEP": step, **dict.fromkeys(("WINDOW", "CAP", "SINKS"), rule)}
+        given = {**dict.fromkeys(("q", "k", "v", "out"), dtype), "sinks": F32 if rule else dtype}
+        build(attention_gpu._attend, constants, pdl=True, **given, **cache, **numbers, num_warps=8)
+
+
 def few_keys(dtype: torch.dtype) -> None:
     """Choosing representatives, and attention of a whole text to them and to windows."""
     for even, kept in itertools.product((False, True), repeat=2):
@@ -156,14 +168,7 @@ def main() -> None:
             more = {"num_warps": shape.pop("num_warps", 4), "fire": I8}
             more |= dict.fromkeys(("order", "count"), I64 if shape["LISTED"] else None)
             build(gathered_gpu._multiply, shape, x=dtype, W=dtype, y=dtype, **more, **size)
-        shape = {"SHARE": 3, "LINES": 16, "width": 64, "value_width": 60, "WIDTH": 64, "VALUE": 64, "OVERLAP": True}
-        shape |= {"BLOCK": attention_gpu.BLOCK, "SPLITS": attention_gpu.SPLITS}
-        cache = {"cache": I64, "counters": I64, "position": I64, "parts": F32, "sums": F32}
-        numbers = {"groups": 2, "scale": 0.1, "window": 9, "cap": 2.5}
-        for rule, step in ((False, 0), (True, 0), (False, 128)):
-            constants = {**shape, "STEP": step, **dict.fromkeys(("WINDOW", "CAP", "SINKS"), rule)}
-            given = {**dict.fromkeys(("q", "k", "v", "out"), dtype), "sinks": F32 if rule else dtype}
-            build(attention_gpu._attend, constants, pdl=True, **given, **cache, **numbers, num_warps=8)
+        attention(dtype)
         few_keys(dtype)
     codes = {"codes": U8, "scale": torch.bfloat16, "zero": None, "one": 1 << 20}
     half, constants = torch.float16, {"BITS": 4, "ZERO": False, "SPLIT": 1, "BATCH": 1, "PARTS": 2, "OVERLAP": True}

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankgate.ops.attention import STEP
+from rankgate.ops import attention
 from rankgate.ops.gpu.dots import dot
 from rankgate.ops.gpu.overlap import begin, overlaps
 
@@ -225,7 +225,7 @@ def attend_held(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, posi
 
     Returns (1, T, H, e).
     """
-    return _launch(q, k, v, cache[4 * layer :], cache, position, scale, 0, 0.0, None, STEP)
+    return _launch(q, k, v, cache[4 * layer :], cache, position, scale, 0, 0.0, None, attention.STEP)
 
 
 def _launch(
