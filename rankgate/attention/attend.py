@@ -32,10 +32,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from rankgate.attention.cache import SelectiveCache
 from rankgate.attention.registry import plain_mask, refuse_beyond_plain
-from rankgate.attention.select import Rule, Selection, cascade, inherit, select, unit
+from rankgate.attention.select import Rule, Selection, by_kernels, cascade, inherit, select, unit
 from rankgate.attention.strands import Heads, PaperStrand, Strand
 from rankgate.errors import RankgateError
-from rankgate.ops.gpu import has_triton
 
 NAME = "rankgate_tokens"  # in transformers' registry
 # by module of a layer, and by the model
@@ -191,7 +190,7 @@ class TokenSelection:
         if begins:
             strands.extend(self._new_strands(layer, len(k)))
             selection = self.selections[layer][b] if self.selections else None
-        if begins and has_triton(q.device) and not torch.is_grad_enabled() and q.shape[1] > 1:
+        if begins and by_kernels(q) and not torch.is_grad_enabled() and q.shape[1] > 1:
             from rankgate.attention.prompt import attend_prompt
 
             out = attend_prompt(strands, q, k, v, states, selection, scale)

@@ -66,6 +66,11 @@ def unit(states: Tensor, centred: bool = False) -> Tensor:
     return F.normalize(wide, dim=-1).to(states.dtype)
 
 
+def by_kernels(x: Tensor) -> bool:
+    """Whether kernels take x."""
+    return has_triton(x.device) and x.dtype != torch.float64
+
+
 def select(x: Tensor, tau: float, rule: Rule = "greedy") -> Selection:
     """The representatives among unit states x (T × d)."""
     chosen, dots = (_greedy if rule == "greedy" else _earlier)(x, tau)
@@ -144,7 +149,7 @@ def _nearest(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, 
 
     rows, columns: ascending positions in x.
     """
-    if has_triton(x.device):
+    if by_kernels(x):
         return _nearest_by_kernel(x, rows, columns)
     x = x.float()
     likeness, owner, dots = [x.new_empty(0)], [rows.new_empty(0)], 0
@@ -181,7 +186,7 @@ def _earlier(x: Tensor, tau: float) -> tuple[Tensor, int]:
 
 
 def _greedy(x: Tensor, tau: float) -> tuple[Tensor, int]:
-    if has_triton(x.device):
+    if by_kernels(x):
         from rankgate.ops.gpu.select import greedy
 
         chosen = greedy(x[None], x.new_tensor([1 - tau**2], dtype=torch.float32))[0][0]
