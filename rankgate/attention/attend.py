@@ -190,7 +190,7 @@ class TokenSelection:
         if begins:
             strands.extend(self._new_strands(layer, len(k)))
             selection = self.selections[layer][b] if self.selections else None
-        if begins and by_kernels(q) and not torch.is_grad_enabled() and q.shape[1] > 1:
+        if begins and by_kernels(q) and not torch.is_grad_enabled() and q.shape[1] > 1 and _narrow(k, v):
             from rankgate.attention.prompt import attend_prompt
 
             out = attend_prompt(strands, q, k, v, states, selection, scale)
@@ -217,6 +217,13 @@ class TokenSelection:
             alike.setdefault(own if own.tau is None else i, []).append(i)
         for group in alike.values():
             yield Strand(group, config.heads[layer][group[0]], config.sinks)
+
+
+def _narrow(k: Tensor, v: Tensor) -> bool:
+    """Whether kernels for prompts take such rows."""
+    from rankgate.ops.gpu.windows import WIDEST
+
+    return max(k.shape[2], v.shape[2]) * k.element_size() <= WIDEST
 
 
 def selection_of(model: nn.Module) -> TokenSelection | None:

@@ -89,7 +89,7 @@ def build_cuda(library: ctypes.CDLL, name: str, **values: int) -> None:
 def attention(dtype: torch.dtype) -> None:
     """Of new tokens."""
     shape = {"SHARE": 3, "LINES": 16, "width": 64, "value_width": 60, "WIDTH": 64, "VALUE": 64, "OVERLAP": True}
-    shape |= {"BLOCK": attention_gpu.BLOCK, "SPLITS": attention_gpu.SPLITS}
+    shape |= {"BLOCK": 128, "SPLITS": attention_gpu.SPLITS}
     cache = {"cache": I64, "counters": I64, "position": I64, "parts": F32, "sums": F32}
     numbers = {"groups": 2, "scale": 0.1, "window": 9, "cap": 2.5}
     for rule, step in ((False, 0), (True, 0), (False, 128)):

@@ -21,7 +21,7 @@ from rankgate.ops.gpu.dots import dot
 from rankgate.ops.gpu.overlap import begin, overlaps
 
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-BLOCK = 128  # keys read together
+TILE = 16 << 10  # bytes of keys, and of values, read together
 NEW = tl.constexpr(16)  # new ones
 SPLITS = 64  # programs for a key head, at most; so many where some heads hold much more than others
 COUNTERS = 4096  # heads times new tokens, at most
@@ -246,7 +246,7 @@ def _launch(
         raise ValueError(f"{groups} key heads for {sequences * tokens} tokens are more than {COUNTERS}")
     splits = SPLITS if step else min(SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, sequences * groups)))
     overlap = overlaps(q.device)
-    VALUE = max(16, triton.next_power_of_2(value_width))
+    WIDTH, VALUE = (max(16, triton.next_power_of_2(w)) for w in (width, value_width))
     out = q.new_empty((sequences, tokens, heads, value_width))
     parts = q.new_empty(sequences * heads * tokens * splits * VALUE, dtype=torch.float32)
     sums = q.new_empty(sequences * heads * tokens * splits * 2, dtype=torch.float32)
@@ -269,9 +269,9 @@ def _launch(
         value_width=value_width,
         SHARE=heads // groups,
         LINES=max(16, triton.next_power_of_2(heads // groups)),
-        WIDTH=max(16, triton.next_power_of_2(width)),
+        WIDTH=WIDTH,
         VALUE=VALUE,
-        BLOCK=BLOCK,
+        BLOCK=min(128, max(16, TILE // (max(WIDTH, VALUE) * k.element_size()))),
         SPLITS=splits,
         STEP=step,
         WINDOW=window > 0,

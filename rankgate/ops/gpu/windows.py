@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rankgate.ops.gpu.dots import dot
 
-TILE = 64  # keys read together
+WIDE = 256  # bytes of a key from which on fewer of them are read together
+WIDEST = 512  # bytes of a key
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -175,8 +176,8 @@ def attend(
 
     Args:
         q: (H, T, d), with H a multiple of G.
-        k: (G, T, d).
-        v: (G, T, e).
+        k: (G, T, d), of at most WIDEST bytes each.
+        v: (G, T, e), likewise.
         heads: (n, 4) int32: which key head; its window; where its keys begin in `kept`; its biases in a row.
         sinks: tokens at the beginning that are kept, without bias, if `kept` is None.
         kept: see there.
@@ -187,6 +188,7 @@ def attend(
     (count, tokens, width), (groups, _, value_width) = q.shape, v.shape
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     sizes = max(16, triton.next_power_of_2(width)), max(16, triton.next_power_of_2(value_width))
+    wide = max(sizes) * k.element_size() > WIDE
     _attend_windows[len(heads) * count // groups, triton.cdiv(tokens, step)](
         q,
         k,
@@ -209,11 +211,11 @@ def attend(
         v.stride(1),
         scale * LOG2E.value,
         STEP=step,
-        TILE=TILE,
+        TILE=32 if wide else 64,
         WIDTH=sizes[0],
         VALUE=sizes[1],
         EVEN=sizes == (width, value_width),
         KEPT=kept is not None,
         num_warps=8,
-        num_stages=2 if max(sizes) > 128 else 3,
+        num_stages=2 if wide else 3,
     )
