@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from exact import generate
@@ -90,13 +91,8 @@ def speed(file: str, models: Path, rounds: int) -> None:
 
 def opening_seconds(file: str) -> dict[str, float]:
     """Of a first and a second opening, with a cache that is empty."""
-    with tempfile.TemporaryDirectory() as cache:
-        before = os.environ.get("RANKGATE_CACHE")
-        os.environ["RANKGATE_CACHE"] = cache
+    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, RANKGATE_CACHE=cache):
         times = [timed(lambda: open_dense(file))[1] for _ in range(2)]
-        os.environ.pop("RANKGATE_CACHE")
-        if before is not None:
-            os.environ["RANKGATE_CACHE"] = before
     return dict(zip(("first_s", "second_s"), times, strict=True))
 
 
@@ -123,10 +119,10 @@ def section(found: Content, fast: Content) -> str:
     return f"""## A second model: {MODEL}
 
 From a GGUF file of 4 bits, in float32. {settings["calibration_tokens"]:,} calibration tokens of the default text,
-{settings["tokens"]:,} tokens of WikiText-2 test in windows of {settings["context"]}, each begun as the tokenizer begins a
-text: with its BOS token; `<unk>` in the text is five characters, not a token that the model never met. Dense perplexity
-{rows[0]["ppl_dense"]:.2f}. *head*: with an int8 output embedding (`--lm-head`). Greedy text in float32 is that of
-`generate()` for {settings["same_text"]} of {settings["prompts"]} prompts. {source(found)}
+{settings["tokens"]:,} tokens of WikiText-2 test in windows of {settings["context"]}, each begun as the tokenizer begins
+a text: with its BOS token. `<unk>` in the text is five characters, not the token of that name, which no model has met.
+Dense perplexity {rows[0]["ppl_dense"]:.2f}. *head*: with an int8 output embedding (`--lm-head`). Greedy text in float32
+is that of `generate()` for {settings["same_text"]} of {settings["prompts"]} prompts. {source(found)}
 
 {table(rows, QUALITY)}
 
