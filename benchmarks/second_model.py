@@ -32,7 +32,7 @@ from rankgate.reporting.runner import Subject
 from rankgate.reporting.tables import number
 
 MODEL, BUDGET, HEAD = "Gemma-3-270M", "ppl=1.01", " + head"
-CONTEXT, CALIBRATION_TOKENS, TOKENS = 512, 8_192, 16_384
+CONTEXT, CALIBRATION_TOKENS, TOKENS = 512, 8_192, 8_192
 PROMPTS, PROMPT_TOKENS = 8, 32
 METHODS: dict[str, Method] = {"int8": Int8Config(), "lrq": LRQConfig()}
 
@@ -44,20 +44,14 @@ def main() -> None:
     options.add_argument("--speed", action="store_true")
     options.add_argument("--rounds", type=int, default=5)
     arguments = start(options)
+    text = str(arguments.folder / "test.txt")
     if arguments.speed:
-        speed(str(arguments.file), arguments.models, arguments.rounds)
+        speed(str(arguments.file), arguments.models, text, arguments.rounds)
         return
     opened = open_dense(str(arguments.file))
-    test = opened.windows(str(arguments.folder / "test.txt"), TOKENS, CONTEXT)
     settings = {"context": CONTEXT, "calibration_tokens": CALIBRATION_TOKENS, "tokens": TOKENS}
-    settings |= {"prompts": PROMPTS, "same_text": same_text(opened, test)}
-    record("second_model/quality", settings, quality(opened, test, arguments.models))
-
-
-def same_text(opened: Opened, test: torch.Tensor) -> int:
-    """Of PROMPTS beginnings of windows, those that our loop continues in float32 as `generate()` does."""
-    beginnings = test[:PROMPTS, :PROMPT_TOKENS].split(1)
-    return sum(torch.equal(*(generate(opened.model, ids, loop)[0] for loop in (None, decode))) for ids in beginnings)
+    rows = quality(opened, opened.windows(text, TOKENS, CONTEXT), arguments.models)
+    record("second_model/quality", settings, rows)
 
 
 def quality(opened: Opened, test: torch.Tensor, models: Path) -> Iterator[Row]:
@@ -76,17 +70,23 @@ def planned(opened: Opened, stats: Stats, held_out: torch.Tensor) -> Method:
     return Planner(opened.model, stats, held_out, lm_head=True).plan(Budget.parse(BUDGET)).method()
 
 
-def speed(file: str, models: Path, rounds: int) -> None:
+def speed(file: str, models: Path, text: str, rounds: int) -> None:
     subjects = [Subject(file, "generate", dtype) for dtype in ("float32", "bfloat16")]
     subjects += [Subject(file, "decode", "float32")]
     subjects += [Subject(str(path), "decode") for path in sorted(models.iterdir())]
-    opened = opening_seconds(file)
+    settings = {**opening_seconds(file), "prompts": PROMPTS, "same_text": same_text(open_dense(file), text)}
     report = bench(subjects, new_tokens=100, rounds=rounds, long_prompt=CONTEXT)
     rows = report.pop("rows")
     for row in rows:
         row["name"] = row["name"].replace(f"{models}/", "").replace(file, MODEL)
         row["model"] = Path(row["model"]).name
-    write("second_model/speed", {**opened, "load": os.getloadavg()[2], **report}, rows)
+    write("second_model/speed", {**settings, "load": os.getloadavg()[2], **report}, rows)
+
+
+def same_text(opened: Opened, text: str) -> int:
+    """Of PROMPTS parts of it, those that our loop continues in float32 as `generate()` does."""
+    prompts = opened.windows(text, PROMPTS * PROMPT_TOKENS, PROMPT_TOKENS).split(1)
+    return sum(torch.equal(*(generate(opened.model, ids, loop)[0] for loop in (None, decode))) for ids in prompts)
 
 
 def opening_seconds(file: str) -> dict[str, float]:
@@ -121,14 +121,14 @@ def section(found: Content, fast: Content) -> str:
 From a GGUF file of 4 bits, in float32. {settings["calibration_tokens"]:,} calibration tokens of the default text,
 {settings["tokens"]:,} tokens of WikiText-2 test in windows of {settings["context"]}, each begun as the tokenizer begins
 a text: with its BOS token. `<unk>` in the text is five characters, not the token of that name, which no model has met.
-Dense perplexity {rows[0]["ppl_dense"]:.2f}. *head*: with an int8 output embedding (`--lm-head`). Greedy text in float32
-is that of `generate()` for {settings["same_text"]} of {settings["prompts"]} prompts. {source(found)}
+Dense perplexity {rows[0]["ppl_dense"]:.2f}. *head*: with an int8 output embedding (`--lm-head`). {source(found)}
 
 {table(rows, QUALITY)}
 
 Tokens per second after the first one, prompt of {conditions["prompt_tokens"]} tokens, {conditions["new_tokens"]} new
 ones, in turn, {conditions["rounds"]} rounds; *load* of the machine {conditions["load"]:.1f} over 15 minutes. The file
-opens in {conditions["first_s"]:.0f} s, the next time in {conditions["second_s"]:.1f} s. {source(fast)}
+opens in {conditions["first_s"]:.0f} s, the next time in {conditions["second_s"]:.1f} s. Our loop's text in float32 is that
+of `generate()` for {conditions["same_text"]} of {conditions["prompts"]} prompts. {source(fast)}
 
 {table(fast["results"], SPEED)}
 """
