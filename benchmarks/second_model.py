@@ -126,9 +126,9 @@ Dense perplexity {rows[0]["ppl_dense"]:.2f}. *head*: with an int8 output embeddi
 {table(rows, QUALITY)}
 
 Tokens per second after the first one, prompt of {conditions["prompt_tokens"]} tokens, {conditions["new_tokens"]} new
-ones, in turn, {conditions["rounds"]} rounds; *load* of the machine {conditions["load"]:.1f} over 15 minutes. The file
-opens in {conditions["first_s"]:.0f} s, the next time in {conditions["second_s"]:.1f} s. Our loop's text in float32 is that
-of `generate()` for {conditions["same_text"]} of {conditions["prompts"]} prompts. {source(fast)}
+ones, in turn, {conditions["rounds"]} rounds; *load* of the machine {conditions["load"]:.1f} over 15 minutes. Our loop's
+text in float32 is that of `generate()` for {conditions["same_text"]} of {conditions["prompts"]} prompts. The file opens
+in {conditions["first_s"]:.0f} s, the next time in {conditions["second_s"]:.1f} s. {source(fast)}
 
 {table(fast["results"], SPEED)}
 """
