@@ -114,23 +114,29 @@ SPEED: Columns = {
 }
 
 
-def section(found: Content, fast: Content) -> str:
-    settings, rows, conditions = found["settings"], found["results"], fast["settings"]
+def section(content: Content) -> str:
+    settings, rows = content["settings"], content["results"]
     return f"""## A second model: {MODEL}
 
 From a GGUF file of 4 bits, in float32. {settings["calibration_tokens"]:,} calibration tokens of the default text,
 {settings["tokens"]:,} tokens of WikiText-2 test in windows of {settings["context"]}, each begun as the tokenizer begins
 a text: with its BOS token. `<unk>` in the text is five characters, not the token of that name, which no model has met.
-Dense perplexity {rows[0]["ppl_dense"]:.2f}. *head*: with an int8 output embedding (`--lm-head`). {source(found)}
+Dense perplexity {rows[0]["ppl_dense"]:.2f}. *head*: with an int8 output embedding (`--lm-head`). {source(content)}
 
 {table(rows, QUALITY)}
+"""
 
-Tokens per second after the first one, prompt of {conditions["prompt_tokens"]} tokens, {conditions["new_tokens"]} new
-ones, in turn, {conditions["rounds"]} rounds; *load* of the machine {conditions["load"]:.1f} over 15 minutes. Our loop's
-text in float32 is that of `generate()` for {conditions["same_text"]} of {conditions["prompts"]} prompts. The file opens
-in {conditions["first_s"]:.0f} s, the next time in {conditions["second_s"]:.1f} s. {source(fast)}
 
-{table(fast["results"], SPEED)}
+def speeds(content: Content) -> str:
+    settings = content["settings"]
+    return f"""### Its speed
+
+Tokens per second after the first one, prompt of {settings["prompt_tokens"]} tokens, {settings["new_tokens"]} new ones,
+in turn, {settings["rounds"]} rounds; *load* of the machine {settings["load"]:.1f} over 15 minutes. Our loop's text in
+float32 is that of `generate()` for {settings["same_text"]} of {settings["prompts"]} prompts. The file opens in
+{settings["first_s"]:.0f} s, the next time in {settings["second_s"]:.1f} s. {source(content)}
+
+{table(content["results"], SPEED)}
 """
 
 
