@@ -57,7 +57,8 @@ def byte_perplexity(opened: Opened, converted: Opened, texts: list[str]) -> floa
     """Of all texts, each after the token that begins one."""
     loss = 0.0
     for text in texts:
-        window = torch.tensor([[opened.tokenizer.bos_token_id, *opened.tokenizer(text).input_ids]])
+        ids = opened.tokenizer(text, add_special_tokens=False).input_ids
+        window = torch.tensor([[opened.tokenizer.bos_token_id, *ids]])
         found = evaluate(opened.model, converted.model, window)
         loss += found.loss * found.scored
     return math.exp(loss / sum(len(text.encode()) for text in texts))

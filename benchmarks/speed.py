@@ -106,10 +106,12 @@ def plan(
 OTHERS = (("float32", None), ("bfloat16", None), *(("bfloat16", kind) for kind in TORCHAO))
 
 
-def convert(opened: Opened, method: Method, stats: Stats, test: torch.Tensor, directory: Path) -> Row:
-    """Convert a twin with the output embedding, save it, and measure its quality."""
+def convert(
+    opened: Opened, method: Method, stats: Stats, test: torch.Tensor, directory: Path, *, lm_head: bool = True
+) -> Row:
+    """Convert a twin, by default with the output embedding, save it, and measure its quality."""
     model = twin(opened.model)
-    layers = convert_(model, method, stats, lm_head=True)
+    layers = convert_(model, method, stats, lm_head=lm_head)
     with atomic_path(directory) as temporary:
         checkpoint.Checkpoint(model, opened.tokenizer, method, layers, provenance(opened, stats)).save(temporary)
     return {"name": directory.name, **figures(opened, model, test)}
@@ -134,7 +136,8 @@ def stored_bytes(weight: Any) -> int:
 
 def figures(opened: Opened, model: Any, test: torch.Tensor) -> Row:
     e = evaluate(opened.model, model, test)
-    return {"ppl_ratio": e.ppl_ratio, "top1": e.top1, "kl_mean": e.kl_mean, "bits": e.reads.bits_per_weight}
+    found = {"ppl_dense": e.ppl_dense, "ppl_ratio": e.ppl_ratio, "top1": e.top1, "kl_mean": e.kl_mean}
+    return {**found, "bits": e.reads.bits_per_weight}
 
 
 def of_budget(where: str) -> Callable[[Row], str]:

@@ -228,7 +228,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     e = result.evaluation
     print(
         f"perplexity {e.ppl_dense:.3f} dense, {e.ppl:.3f} converted, {e.scored:,} predictions in fixed windows of "
-        f"{e.context} tokens; reads are modelled from stored bytes and the measured fire rate"
+        f"{e.context} tokens, each begun as the tokenizer begins a text; reads are modelled from stored bytes and the "
+        "measured fire rate"
     )
     if record["attention"]:
         print(attended(record["attention"]))

@@ -1,7 +1,8 @@
 """What a conversion cost in quality: dense and converted on the same tokens, with the arithmetic of decoding.
 
-Perplexity is exp of the token-weighted mean loss over fixed, non-overlapping windows; the first token of a window is
-context only. Gates decide token by token, exactly as at batch 1, also where many tokens are processed at once.
+Perplexity is exp of the token-weighted mean loss over fixed, non-overlapping windows; the first token of a window, by
+which the tokenizer begins a text (see `windows`), is context only. Gates decide token by token, exactly as at batch 1,
+also where many tokens are processed at once.
 Anything that is not finite raises.
 """
 

@@ -3,6 +3,9 @@
 The model is handed over as it is, so that in a program of one's own this is enough:
 
     lm_eval.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=["lambada_openai"])
+
+`run_tasks` differs in one thing: to a text whose perplexity is taken the harness adds a first token itself; where the
+tokenizer adds one, too, it would stand there twice, and be scored.
 """
 
 from __future__ import annotations
@@ -55,7 +58,18 @@ def run_tasks(opened: Opened, names: list[str], *, folder: str | None = None, li
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise RankgateError(f"no task {unknown[0]!r}; `lm-eval ls tasks` lists the harness's, --tasks-path adds yours")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant
-    lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=1)
+
+    class BegunOnce(HFLM):  # type: ignore[misc]
+        add_bos_token: bool | None
+
+        def loglikelihood_rolling(self, *requests: Any, **options: Any) -> Any:
+            given, self.add_bos_token = self.add_bos_token, False
+            try:
+                return super().loglikelihood_rolling(*requests, **options)
+            finally:
+                self.add_bos_token = given
+
+    lm = BegunOnce(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=1)
     try:
         with offline_if_unreachable(), redirect_stderr(io.StringIO()):  # a progress bar for every window
             found: Any = simple_evaluate(

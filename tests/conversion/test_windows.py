@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import VOCAB
 
-from rankgate.conversion.windows import overlap, run_hashes, token_windows
+from rankgate.conversion.windows import overlap, run_hashes, text_prefix, token_windows
 from rankgate.errors import RankgateError
 
 
@@ -13,18 +13,40 @@ def test_windows_are_the_text(tokenizer):
     assert tokenizer.decode(windows.flatten()) == text[:96]
 
 
-def test_every_window_begins_with_the_token_that_the_tokenizer_puts_first(tokenizer):
-    class WithBos:
-        bos_token_id = 2
+def test_every_window_begins_with_what_the_tokenizer_puts_first(tokenizer, prefixing):
+    assert text_prefix(tokenizer) == [] and text_prefix(prefixing) == [tokenizer.bos_token_id]
+    windows = token_windows(prefixing, "abcdefghij", tokens=8, context=4)
+    assert windows[:, 0].tolist() == [tokenizer.bos_token_id] * 2
+    assert tokenizer.decode(windows[:, 1:].flatten()) == "abcdef"
 
-        def __call__(self, text, add_special_tokens=True, **_):
-            ids = tokenizer(text, add_special_tokens=False)
-            ids["input_ids"] = [2, *ids["input_ids"]] if add_special_tokens else ids["input_ids"]
+
+def test_a_prefix_may_be_several_tokens(tokenizer):
+    class TwoFirst:
+        def __call__(self, text, add_special_tokens=True, **options):
+            ids = tokenizer(text, **options)
+            ids["input_ids"] = [7, 3] * add_special_tokens + ids["input_ids"]
             return ids
 
-    windows = token_windows(WithBos(), "abcdefghij", tokens=8, context=4)
-    assert windows[:, 0].tolist() == [2, 2]
-    assert tokenizer.decode(windows[:, 1:].flatten()) == "abcdef"
+    windows = token_windows(TwoFirst(), "abcdefghij", tokens=12, context=4)
+    assert windows[:, :2].tolist() == [[7, 3]] * 3
+    assert tokenizer.decode(windows[:, 2:].flatten()) == "abcdef"
+    with pytest.raises(RankgateError, match="context of 2 tokens predicts nothing; use at least 3"):
+        token_windows(TwoFirst(), "abcdefghij", tokens=12, context=2)
+
+
+def test_characters_that_spell_a_special_token_are_text(tokenizer):
+    text = "the <unk> of </s> <unk>"
+    windows = token_windows(tokenizer, text, len(text), len(text))
+    assert windows.min() > tokenizer.eos_token_id and tokenizer.decode(windows[0]) == text
+
+
+@pytest.mark.parametrize("context", [16, 24, 40, 512])
+def test_overlap_is_of_the_text_where_windows_begin_with_a_prefix(prefixing, context):
+    text = "".join(f"line number {i} of many\n" for i in range(400))
+    known = run_hashes(token_windows(prefixing, text[:4000], 2048, context))
+    assert overlap(token_windows(prefixing, text[700:1800], 1000, 20), known)
+    assert overlap(token_windows(prefixing, text[700:1800], 1000, 1000), known)
+    assert not overlap(token_windows(prefixing, text[5000:], 1000, 20), known)
 
 
 @pytest.mark.parametrize(("tokens", "context", "message"), [(8, 1, "predicts nothing"), (8, 9, "one context of 9")])
@@ -70,8 +92,6 @@ def test_of_a_large_text_no_more_is_read_than_it_takes(tokenizer):
     seen = []
 
     class Counting:
-        bos_token_id = None
-
         def __call__(self, text, **options):
             seen.append(len(text))
             return tokenizer(text, **options)

@@ -42,13 +42,14 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
+@pytest.mark.parametrize("begins", [False, True], ids=["no prefix", "prefix"])
 @pytest.mark.parametrize("method", [None, Int4Config(), GSIConfig(rank=0.5, eps=0.3)], ids=str)
-def test_the_harness_finds_our_perplexity(method, folder, tokenizer):
+def test_the_harness_finds_our_perplexity(method, begins, folder, tokenizer, prefixing):
     dense = tiny_model("llama")
     model = twin(dense)
     if method is not None:
         convert_(model, method, calibrated(dense))
-    (score,) = run_tasks(Opened("tiny", model, tokenizer), ["local"], folder=folder)
+    (score,) = run_tasks(Opened("tiny", model, prefixing if begins else tokenizer), ["local"], folder=folder)
     loss = 0.0
     for text in DOCUMENTS:
         window = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
