@@ -145,12 +145,12 @@ def make_plan(model: Opened, stats: Stats, budget: Budget, arguments: argparse.N
     from rankgate.hub.texts import KINDS
     from rankgate.reporting.pipeline import check_text
 
-    own = calibration_text(arguments)
-    whole = model.windows(own, stats.tokens + VERIFY_TOKENS, arguments.context)
-    windows = {own: whole[stats.tokens // arguments.context :]}
+    own, context = calibration_text(arguments), arguments.context
+    whole = model.windows(own, stats.tokens + max(VERIFY_TOKENS, context), context)
+    windows = {own: whole[stats.tokens // context :]}
     check_text(windows[own], stats.hashes, allow=False)
     for kind in KINDS:
-        other = model.windows(f"{kind}:held-out", VERIFY_TOKENS, arguments.context)
+        other = model.windows(f"{kind}:held-out", VERIFY_TOKENS, min(context, VERIFY_TOKENS))
         if not overlap(other, stats.hashes):
             windows[f"{kind}:held-out"] = other
     say(f"planning within {budget}, checked on {VERIFY_TOKENS:,} held-out tokens each of {', '.join(windows)}")

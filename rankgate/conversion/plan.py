@@ -60,7 +60,7 @@ SETTINGS = (
     *(Setting(4, REFERENCE.rank, refine) for refine in REFINES),
 )
 SENSITIVITY_TOKENS = 128
-VERIFY_TOKENS = 4096  # of each kind of text
+VERIFY_TOKENS = 2048  # of each kind of text
 ROUNDS = 5
 TIGHTEN, POWER = {"ppl": 0.9, "top1": 0.9, "bits": 0.999}, {"ppl": 1, "top1": 2, "bits": 1}  # after a failed check
 
