@@ -92,7 +92,7 @@ def section(content: Content) -> str:
     own = {(str(r["method"]), r["text"]): r["kl_mean"] for r in rows if r["calibration"] == f"{OWN} {r['text']}"}
     found: dict[tuple[str, str], Row] = {}
     for row in rows:
-        calibration = OWN if row["calibration"].startswith(OWN) else row["calibration"]
+        calibration = "text of the same source" if row["calibration"].startswith(OWN) else row["calibration"]
         key = calibration, str(row["method"])
         line = found.setdefault(key, {"calibration": calibration, "method": row["method"]})
         ratio = row["kl_mean"] / own.get((key[1], row["text"]), math.nan)
