@@ -14,6 +14,7 @@ import attention_quality
 import attention_speed
 import blocks
 import calibration
+import calibration_texts
 import concurrency
 import controls
 import curve
@@ -122,6 +123,7 @@ def results() -> Iterator[str]:
     yield memory.section(load("memory"))
     yield from of_each(architectures.section, "architectures")
     yield calibration.section(load("calibration"))
+    yield calibration_texts.section(load("calibration_texts"))
     yield attention_quality.section(load("attention_quality"))
     yield attention.section(load("attention"))
     yield from of_each(attention_speed.section, "attention_speed")

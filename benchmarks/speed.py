@@ -23,11 +23,12 @@ from frame import MODEL, Columns, Content, Row, parser, shown, source, start, ta
 from rankgate.common.copies import twin
 from rankgate.common.files import atomic_path
 from rankgate.common.terminal import show_table
+from rankgate.conversion.budget import Budget
 from rankgate.conversion.calibration import Stats, calibrate
 from rankgate.conversion.convert import convert_
 from rankgate.conversion.evaluation import evaluate
 from rankgate.conversion.groups import linears
-from rankgate.conversion.plan import VERIFY_TOKENS, Budget, Planner
+from rankgate.conversion.plan import VERIFY_TOKENS, Planner
 from rankgate.hub import checkpoint
 from rankgate.hub.opening import Opened, open_dense
 from rankgate.methods import Int8Config, LRQConfig, Method
@@ -84,7 +85,7 @@ def plan(
 ) -> tuple[list[Row], list[Row]]:
     """What the planner says for each budget, and the quality of what it makes; the models go to `place`."""
     plans, quality = [], []
-    planner, prepared = timed(lambda: Planner(opened.model, stats, held_out, lm_head=True))
+    planner, prepared = timed(lambda: Planner(opened.model, stats, {"valid": held_out}, lm_head=True))
     for text in BUDGETS:
         chosen, seconds = timed(functools.partial(planner.plan, Budget.parse(text)))
         quality.append(convert(opened, chosen.method(), stats, test, place / text))
@@ -93,7 +94,7 @@ def plan(
             {
                 "budget": text,
                 "predicted": chosen.predicted,
-                "held_out": dataclasses.asdict(chosen.measured),
+                "held_out": dataclasses.asdict(chosen.measured["valid"]),
                 "test": {key: quality[-1][key] for key in ("ppl_ratio", "top1", "bits")},
                 "settings": {str(s): counts.count(s) for s in dict.fromkeys(counts)},
                 "planner_s": prepared + seconds,

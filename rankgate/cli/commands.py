@@ -21,8 +21,9 @@ from rankgate.common.terminal import return_freed_memory, say, show_table
 from rankgate.errors import RankgateError
 
 if TYPE_CHECKING:
+    from rankgate.conversion.budget import Budget
     from rankgate.conversion.calibration import Stats
-    from rankgate.conversion.plan import Budget, Plan
+    from rankgate.conversion.plan import Plan
     from rankgate.hub.opening import Opened
     from rankgate.methods import Method
 
@@ -84,8 +85,9 @@ def analyze(arguments: argparse.Namespace) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     from rankgate.common.files import atomic_path
+    from rankgate.conversion.budget import Budget
     from rankgate.conversion.convert import convert_
-    from rankgate.conversion.plan import Budget, load_settings
+    from rankgate.conversion.plan import load_settings
     from rankgate.experts import experts_of
     from rankgate.hub import checkpoint
     from rankgate.reporting.pipeline import provenance
@@ -131,33 +133,36 @@ def convert(arguments: argparse.Namespace) -> None:
         record |= {
             "budget": str(plan.budget),
             "predicted": plan.predicted,
-            "measured": dataclasses.asdict(plan.measured),
+            "measured": {text: dataclasses.asdict(found) for text, found in plan.measured.items()},
         }
     finish(arguments, record)
 
 
 def make_plan(model: Opened, stats: Stats, budget: Budget, arguments: argparse.Namespace) -> Plan:
-    """Plan within `budget`, checked on what follows the calibration tokens in their text."""
+    """Plan within `budget`, checked on what follows the calibration tokens in their text and on other kinds of text."""
     from rankgate.conversion.plan import VERIFY_TOKENS, Planner
+    from rankgate.conversion.windows import overlap
+    from rankgate.hub.texts import KINDS
     from rankgate.reporting.pipeline import check_text
 
-    whole = model.windows(calibration_text(arguments), stats.tokens + VERIFY_TOKENS, arguments.context)
-    windows = whole[stats.tokens // arguments.context :]
-    check_text(windows, stats.hashes, allow=False)
-    say(f"planning within {budget}, checked on {windows.numel():,} held-out tokens of {calibration_text(arguments)}")
+    own, context = calibration_text(arguments), arguments.context
+    whole = model.windows(own, stats.tokens + max(VERIFY_TOKENS, context), context)
+    windows = {own: whole[stats.tokens // context :]}
+    check_text(windows[own], stats.hashes, allow=False)
+    for kind in KINDS:
+        other = model.windows(f"{kind}:held-out", VERIFY_TOKENS, min(context, VERIFY_TOKENS))
+        if not overlap(other, stats.hashes):
+            windows[f"{kind}:held-out"] = other
+    say(f"planning within {budget}, checked on {VERIFY_TOKENS:,} held-out tokens each of {', '.join(windows)}")
     return Planner(model.model, stats, windows, lm_head=arguments.lm_head, progress=True).plan(budget)
 
 
 def show_plan(plan: Plan) -> None:
-    from rankgate.conversion.plan import HEADERS, table
+    from rankgate.conversion.plan import CHECKED, HEADERS, checked, table
 
     show_table(HEADERS, table(plan))
-    p, m = plan.predicted, plan.measured
-    print(
-        f"within {plan.budget}: predicted perplexity x {p['ppl_ratio']:.4f}, top-1 {p['top1']:.4f}, {p['bits']:.2f} "
-        f"bits, linear layers {p['speedup']:.2f} x faster; measured on {m.tokens:,} held-out calibration tokens "
-        f"x {m.ppl_ratio:.4f} (+- {m.loss_error:.4f}), top-1 {m.top1:.4f} (+- {m.top1_error:.4f})"
-    )
+    print(f"\nwithin {plan.budget}, linear layers {plan.predicted['speedup']:.2f} x faster:")
+    show_table(CHECKED, checked(plan))
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -15,10 +15,11 @@ import transformers
 from rankgate import __version__
 from rankgate.common.copies import twin
 from rankgate.common.files import check_writable
+from rankgate.conversion.budget import Budget
 from rankgate.conversion.calibration import Stats
 from rankgate.conversion.convert import convert_
 from rankgate.conversion.plan import HEADERS as PLAN_HEADERS
-from rankgate.conversion.plan import QUICK, Budget, Planner
+from rankgate.conversion.plan import QUICK, Planner
 from rankgate.conversion.plan import table as plan_table
 from rankgate.hub.checkpoint import Checkpoint
 from rankgate.hub.opening import Opened, open_dense
@@ -63,7 +64,7 @@ def demo(
     check_writable(output)
     say(f"loading {DEFAULT}")
     opened = open_dense(DEFAULT)
-    say(f"calibrating on {CALIBRATION_TOKENS:,} tokens of Python's language reference")
+    say(f"calibrating on {CALIBRATION_TOKENS:,} tokens of {CALIBRATION}")
     calibration = opened.windows(CALIBRATION, CALIBRATION_TOKENS + CHECK_TOKENS, CONTEXT)
     seen, rest = calibration.split([CALIBRATION_TOKENS // CONTEXT, CHECK_TOKENS // CONTEXT])
     unseen = opened.windows(HELD_OUT, TOKENS, CONTEXT)
@@ -74,7 +75,7 @@ def demo(
         say(f"[{number} of {len(METHODS) + 1}] {describe(method.record())}")
         results.append(reference.measure(method, stats, progress=True))
     say(f"[{len(METHODS) + 1} of {len(METHODS) + 1}] planning within {BUDGET}, int8 output embedding")
-    plan = Planner(opened.model, stats, rest, lm_head=True, settings=QUICK, progress=True).plan(BUDGET)
+    plan = Planner(opened.model, stats, {CALIBRATION: rest}, lm_head=True, settings=QUICK, progress=True).plan(BUDGET)
     planned = plan.method()
     results.append(reference.measure(planned, stats, lm_head=True, progress=True))
     records = [{**result.record(), "fire_rates": None} for result in results]
@@ -97,8 +98,8 @@ def demo(
         f"Rankgate on {DEFAULT}",
         {
             "model": "SmolLM2-135M-Instruct, weights dequantised from Q4_1 to float32",
-            "calibration": f"{stats.tokens:,} tokens of Python's language reference",
-            "evaluation": f"{TOKENS:,} other tokens of it, fixed windows of {CONTEXT}",
+            "calibration": f"{stats.tokens:,} tokens of {CALIBRATION}",
+            "evaluation": f"{TOKENS:,} tokens of {HELD_OUT}, fixed windows of {CONTEXT}",
             "versions": f"rankgate {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
             f"Python {platform.python_version()}",
         },

@@ -96,8 +96,8 @@ def chosen_attention(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("texts: a UTF-8 file, hf:ORG/NAME[:CONFIG[:SPLIT]] or Python's own reference")
-    group.add_argument("--calibration-text", metavar="FILE", help="default: pydoc:calibration")
+    group = parser.add_argument_group("texts: a UTF-8 file, hf:ORG/NAME[:CONFIG[:SPLIT]] or what comes with Rankgate")
+    group.add_argument("--calibration-text", metavar="FILE", help="default: mixed:calibration")
     group.add_argument("--calibration-tokens", type=positive, default=8192, metavar="N", help="default: 8192")
     group.add_argument("--context", type=positive, default=512, metavar="N", help="tokens in a window (default: 512)")
     group.add_argument("--stats", metavar="FILE", help="reuse calibration statistics, or keep them here")
@@ -106,7 +106,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def add_texts(parser: argparse.ArgumentParser, tokens: int) -> None:
     group = add_calibration(parser)
-    group.add_argument("--text", metavar="FILE", help="text to evaluate on (default: pydoc:held-out)")
+    group.add_argument("--text", metavar="FILE", help="text to evaluate on (default: mixed:held-out)")
     group.add_argument("--tokens", type=positive, default=tokens, metavar="N", help=f"default: {tokens}")
 
 

@@ -9,9 +9,9 @@ For each group g and each setting s on a short list the planner needs three numb
 
 A budget on quality (`ppl=1.01`, `top1=0.98`) takes the least Σ seconds with Σ KL below a level, a budget on size
 (`bits=5`) the least Σ KL with Σ bytes below it; both by one multiplier that prices KL against cost, found by bisection.
-The whole model is then checked on held-out calibration text: the budget must hold with what is measured (quality: with
-its upper 95 % bound), or the level is tightened and the choice made again. A group that no setting makes faster stays
-dense.
+The whole model is then checked on held-out text of several kinds: on each the budget must hold with what is measured
+(quality: with its upper 95 % bound), or the level is tightened and the choice made again. A group that no setting makes
+faster stays dense.
 
 Not covered: errors of different groups are taken to add up, which the check on the whole model makes up for.
 """
@@ -36,6 +36,7 @@ from rankgate.common.copies import twin
 from rankgate.common.files import atomic_path
 from rankgate.common.passes import evaluation_mode
 from rankgate.common.progress import track
+from rankgate.conversion.budget import FLIPS_PER_ROOT_KL, LOSS_PER_KL, Budget, Measured
 from rankgate.conversion.calibration import Stats
 from rankgate.conversion.convert import convert_head_
 from rankgate.conversion.gates import record_gates
@@ -58,42 +59,10 @@ SETTINGS = (
     *(Setting(4, rank) for rank in RANKS),
     *(Setting(4, REFERENCE.rank, refine) for refine in REFINES),
 )
-SENSITIVITY_TOKENS, VERIFY_TOKENS = 128, 8192
-ONE_SIDED = 1.645  # standard errors of a 95 % bound
+SENSITIVITY_TOKENS = 128
+VERIFY_TOKENS = 2048  # of each kind of text
 ROUNDS = 5
 TIGHTEN, POWER = {"ppl": 0.9, "top1": 0.9, "bits": 0.999}, {"ppl": 1, "top1": 2, "bits": 1}  # after a failed check
-LOSS_PER_KL, FLIPS_PER_ROOT_KL = 0.75, 0.58  # first guesses, corrected by what is measured
-
-
-@dataclass(frozen=True)
-class Budget:
-    """`ppl`: ratio to the dense perplexity, at most. `top1`: agreement, at least. `bits`: per weight read, at most."""
-
-    kind: str
-    value: float
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """From 'ppl=1.01', 'top1=0.98' or 'bits=5'. Raises RankgateError if it is none of these."""
-        kind, _, number = text.partition("=")
-        ranges = {"ppl": (1.0, math.inf), "top1": (0.0, 1.0), "bits": (4.0, 32.0)}
-        try:
-            low, high = ranges[kind]
-            value = float(number)
-        except (KeyError, ValueError):
-            raise RankgateError(f"budget {text!r} is not understood; write ppl=1.01, top1=0.98 or bits=5") from None
-        if not low < value < high:
-            raise RankgateError(f"budget {text} is out of range: {kind} lies between {low:g} and {high:g}")
-        return cls(kind, value)
-
-    def level(self) -> float:
-        """The Σ KL to start from, for a budget on quality."""
-        if self.kind == "ppl":
-            return math.log(self.value) / LOSS_PER_KL
-        return ((1 - self.value) / FLIPS_PER_ROOT_KL) ** 2
-
-    def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
 
 
 @dataclass(frozen=True)
@@ -110,34 +79,17 @@ _kl, _seconds, _bytes = (operator.attrgetter(name) for name in ("kl", "seconds",
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A whole model on held-out text against dense: values, standard errors of loss and top-1, bits per weight read."""
-
-    ppl_ratio: float
-    top1: float
-    loss_error: float
-    top1_error: float
-    bits: float
-    tokens: int
-
-    def excess(self, budget: Budget) -> float:
-        """How many times too large the loss, the share of flips (at their upper bounds) or the bits are; ≤ 1 holds."""
-        if budget.kind == "bits":
-            return self.bits / budget.value
-        if budget.kind == "ppl":
-            return (math.log(self.ppl_ratio) + ONE_SIDED * self.loss_error) / math.log(budget.value)
-        return (1 - self.top1 + ONE_SIDED * self.top1_error) / (1 - budget.value)
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The options chosen, by the first member of each group; `dense` is the option that each was compared with."""
+    """The options chosen, by the first member of each group; `dense` is the option that each was compared with.
+
+    measured: on every kind of text.
+    """
 
     budget: Budget
     chosen: dict[str, Option]
     dense: dict[str, Option]
     predicted: dict[str, float]
-    measured: Measured
+    measured: dict[str, Measured]
     built: Mapping[tuple[str, Setting], QuantizedGroup]
 
     def method(self) -> PlannedConfig:
@@ -160,7 +112,7 @@ class Plan:
         record = {
             "budget": str(self.budget),
             "predicted": self.predicted,
-            "measured": dataclasses.asdict(self.measured),
+            "measured": {kind: dataclasses.asdict(found) for kind, found in self.measured.items()},
             "groups": groups,
         }
         with atomic_path(path) as temporary:
@@ -207,7 +159,7 @@ def predictions(model: PreTrainedModel, windows: Tensor, *, progress: bool = Fal
 class Planner:
     """Everything that is measured once; `plan` then chooses, builds and checks.
 
-    windows: held-out calibration text (count × context), for the sensitivity of groups and for the check.
+    windows: held-out texts (count × context) by kind, for the check; the first one also for the sensitivity of groups.
     lm_head: whether the output embedding will be int8, as `convert_` has it. settings: to choose from; fewer take less
     time to predict.
     """
@@ -216,7 +168,7 @@ class Planner:
         self,
         model: PreTrainedModel,
         stats: Stats,
-        windows: Tensor,
+        windows: Mapping[str, Tensor],
         *,
         lm_head: bool = False,
         settings: Sequence[Setting] = SETTINGS,
@@ -233,7 +185,7 @@ class Planner:
         self.built: dict[tuple[str, Setting], QuantizedGroup] = {}
         self.timer = Timer(model.dtype)
         with evaluation_mode(model), torch.inference_mode():
-            self.reference = predictions(model, windows)
+            self.reference = {kind: predictions(model, text) for kind, text in windows.items()}
             self.options = self._options()
         self.weights = sum(option.bytes for option in self._dense().values()) / model.dtype.itemsize
 
@@ -246,14 +198,14 @@ class Planner:
         for _ in range(ROUNDS):
             chosen = self._choose(limited, least, limit)
             measured = self.check(chosen)
-            excess = measured.excess(budget)
+            excess = max(found.excess(budget) for found in measured.values())
             if excess <= 1:
                 return self._record(budget, chosen, measured)
             limit = TIGHTEN[budget.kind] * sum(map(limited, chosen.values())) / excess ** POWER[budget.kind]
         raise RankgateError(f"no plan within {budget} was found in {ROUNDS} rounds; allow more loss or bits")
 
-    def check(self, chosen: Mapping[str, Option]) -> Measured:
-        """Build the chosen groups, and measure the model that has them in place."""
+    def check(self, chosen: Mapping[str, Option]) -> dict[str, Measured]:
+        """Build the chosen groups, and measure the model that has them in place on every kind of text."""
         model = twin(self.model)
         for name, option in track(list(chosen.items()), "building the plan", enabled=self.progress):
             if option.setting is not None:
@@ -261,21 +213,14 @@ class Planner:
                     model.set_submodule(member, module)
         if self.lm_head:
             convert_head_(model)
-        loss, top = self.reference
-        with evaluation_mode(model), torch.inference_mode(), record_gates(model) as gates:
-            other_loss, other_top = predictions(model, self.windows, progress=self.progress)
-        difference, same = other_loss - loss, (other_top == top).double()
-        root = math.sqrt(len(loss))
-        return Measured(
-            ppl_ratio=difference.mean().exp().item(),
-            top1=same.mean().item(),
-            loss_error=difference.std().item() / root,
-            top1_error=same.std().item() / root,
-            bits=weight_reads(model, gates).bits_per_weight,
-            tokens=self.windows.numel(),
-        )
+        found = {}
+        for kind, text in self.windows.items():
+            with evaluation_mode(model), torch.inference_mode(), record_gates(model) as gates:
+                other = predictions(model, text, progress=self.progress)
+            found[kind] = Measured.of(self.reference[kind], other, weight_reads(model, gates).bits_per_weight)
+        return found
 
-    def _record(self, budget: Budget, chosen: dict[str, Option], measured: Measured) -> Plan:
+    def _record(self, budget: Budget, chosen: dict[str, Option], measured: dict[str, Measured]) -> Plan:
         dense = self._dense()
         kl = sum(option.kl for option in chosen.values())
         predicted = {
@@ -314,7 +259,7 @@ class Planner:
 
     def _options(self) -> dict[str, list[Option]]:
         """Dense first, then every setting that is faster, by the first member of the group."""
-        first = self.windows[:1, :SENSITIVITY_TOKENS]
+        first = next(iter(self.windows.values()))[:1, :SENSITIVITY_TOKENS]
         reference = log_probabilities(self.model, first)
         options, read_shares = {}, shares(self.model)
         for name, stats in track(list(self.groups.items()), "sensitivity of groups", enabled=self.progress):
@@ -399,4 +344,19 @@ def table(plan: Plan) -> list[tuple[str, ...]]:
                     f"{sum(option.bytes for option in options) / 1e6:.1f}",
                 )
             )
+    return rows
+
+
+CHECKED = ("held-out text", "ppl ratio", "+-", "top-1", "+-", "bits")
+
+
+def checked(plan: Plan) -> list[tuple[str, ...]]:
+    """What was predicted and what was measured on every kind of text, as rows of text under CHECKED."""
+    p = plan.predicted
+    rows: list[tuple[str, ...]] = [
+        ("predicted", f"{p['ppl_ratio']:.4f}", "", f"{p['top1']:.4f}", "", f"{p['bits']:.2f}")
+    ]
+    for kind, m in plan.measured.items():
+        errors = f"{m.loss_error * m.ppl_ratio:.4f}", f"{m.top1_error:.4f}"
+        rows.append((kind, f"{m.ppl_ratio:.4f}", errors[0], f"{m.top1:.4f}", errors[1], f"{m.bits:.2f}"))
     return rows

@@ -41,7 +41,7 @@ class RankgateConfig(QuantizationConfigMixin):
         *,
         modules_to_not_convert: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
-        calibration_text: str = "pydoc:calibration",
+        calibration_text: str = "mixed:calibration",
         calibration_tokens: int = 8192,
         context: int = 512,
         windows: torch.Tensor | None = None,

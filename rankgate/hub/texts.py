@@ -1,11 +1,20 @@
-"""Where texts come from: a file, a Hugging Face dataset, or Python itself.
+"""Where texts come from: a file, a Hugging Face dataset, or what comes with Rankgate and Python, of several kinds.
 
-The default corpus is `pydoc_data.topics`, the language reference that every Python carries. Its topics are dealt into
-a calibration part and a held-out part, and paragraphs of the held-out part that also occur in the other are dropped.
+    written   openings that SmolLM2-135M-Instruct went on with (`benchmarks/write.py`): stories, dialogues, lists
+    code      modules of Python's library
+    pydoc     Python's language reference, `pydoc_data.topics`
+    mixed     of all these, a piece of each in turn: the default
+
+The documents of a kind are dealt into a calibration part and a held-out part, and paragraphs of the held-out part that
+also occur in the other are dropped.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from torch import Tensor
@@ -15,8 +24,13 @@ from rankgate.conversion.windows import token_windows
 from rankgate.errors import RankgateError
 from rankgate.hub import remote
 
-CALIBRATION = "pydoc:calibration"
-HELD_OUT = "pydoc:held-out"
+PARTS = ("calibration", "held-out")
+CALIBRATION, HELD_OUT = (f"mixed:{part}" for part in PARTS)
+PIECE = 1500  # characters, and up to the end of the line
+MODULES = (
+    *("bdb", "calendar", "cmd", "contextlib", "csv", "fractions", "gettext", "heapq", "plistlib", "pprint", "queue"),
+    *("random", "selectors", "shelve", "shlex", "socketserver", "textwrap", "timeit", "trace", "weakref"),
+)
 
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, source: str, tokens: int, context: int) -> Tensor:
@@ -28,12 +42,13 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, source: str, tokens: int, c
 
 
 def load_text(source: str) -> str:
-    """The text of `source`: a UTF-8 file, `pydoc:calibration`, `pydoc:held-out` or `hf:ORG/NAME[:CONFIG[:SPLIT]]`.
+    """The text of `source`: a UTF-8 file, KIND:calibration, KIND:held-out or `hf:ORG/NAME[:CONFIG[:SPLIT]]`.
 
     Raises RankgateError if there is no such text, it is not UTF-8, or it is empty.
     """
-    if source in (CALIBRATION, HELD_OUT):
-        return _pydoc(held_out=source == HELD_OUT)
+    kind, _, part = source.partition(":")
+    if kind in {*KINDS, "mixed"} and part in PARTS:
+        return _mixed(part) if kind == "mixed" else "\n\n".join(_documents(kind, part))
     if source.startswith("hf:"):
         return _dataset(source)
     try:
@@ -49,17 +64,48 @@ def load_text(source: str) -> str:
     return text
 
 
-def _pydoc(held_out: bool) -> str:
+def _written() -> list[str]:
+    return Path(__file__).with_name("written.txt").read_text(encoding="utf-8").split("\f")
+
+
+def _code() -> list[str]:
+    return [inspect.getsource(importlib.import_module(name)) for name in MODULES]
+
+
+def _pydoc() -> list[str]:
     from pydoc_data.topics import topics
 
-    parts: tuple[list[str], list[str]] = ([], [])
-    for i, name in enumerate(sorted(topics)):
-        parts[i % 2].append(topics[name])
-    calibration, rest = ("\n\n".join(part) for part in parts)
-    if not held_out:
+    return [topics[name] for name in sorted(topics)]
+
+
+KINDS = {"written": _written, "code": _code, "pydoc": _pydoc}
+
+
+def _documents(kind: str, part: str) -> list[str]:
+    documents = KINDS[kind]()
+    calibration, rest = documents[::2], documents[1::2]
+    if part == "calibration":
         return calibration
-    known = set(calibration.split("\n\n"))
-    return "\n\n".join(paragraph for paragraph in rest.split("\n\n") if paragraph not in known)
+    known = {text.strip() for document in calibration for text in document.split("\n\n")}
+    return ["\n\n".join(text for text in document.split("\n\n") if text.strip() not in known) for document in rest]
+
+
+def _mixed(part: str) -> str:
+    kinds = (_in_turn([list(_pieces(document)) for document in _documents(kind, part)]) for kind in KINDS)
+    return "\n\n".join(_in_turn(list(kinds)))
+
+
+def _in_turn(lists: list[list[str]]) -> list[str]:
+    """The first of each, the second of each that has one, and so on."""
+    return [piece for turn in zip_longest(*lists, fillvalue="") for piece in turn if piece]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _dataset(source: str) -> str:

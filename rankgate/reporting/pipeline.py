@@ -247,7 +247,7 @@ def measure_checkpoint(
 ) -> Result:
     """Compare a converted model on disk with `dense`, by default the model that it was converted from.
 
-    `text` defaults to the held-out part of Python's reference, in-sample to what the model was calibrated on.
+    `text` defaults to the held-out part of the default text, in-sample to what the model was calibrated on.
     Raises RankgateError if the dense model is not the one that was converted, or is neither given nor recorded.
     """
     opened, converted = open_pair(directory, device, dense=dense)

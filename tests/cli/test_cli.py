@@ -67,7 +67,7 @@ def test_statistics_are_kept_and_reused(run, refuses, model_dir, tmp_path):
     options = ("evaluate", model_dir, "--method", "asvd", "--stats", tmp_path / "stats", *SMALL, "--json")
     first = last(run(*options))
     kept = Stats.load(tmp_path / "stats")
-    assert kept.tokens == 640 and kept.text == "pydoc:calibration"
+    assert kept.tokens == 640 and kept.text == "mixed:calibration"
     assert last(run(*options, "--calibration-text", "not/read")) == first
     assert "without output sensitivities" in refuses(*options[:3], "lrq", *options[4:])
     other = tmp_path / "other"
@@ -80,11 +80,11 @@ def test_statistics_are_kept_and_reused(run, refuses, model_dir, tmp_path):
 
 
 def test_text_that_was_calibrated_on_is_refused_unless_marked(run, refuses, model_dir, tmp_path):
-    same = ("--text", "pydoc:calibration", *SMALL)
+    same = ("--text", "mixed:calibration", *SMALL)
     assert "--in-sample" in refuses("evaluate", model_dir, "--method", "gsi", *same)
     out = run("evaluate", model_dir, "--method", "gsi", *SMALL, "--in-sample", "--json")
     assert last(out)["in_sample"] is True and "in-sample" in out
-    held_out = ("--text", "pydoc:held-out", *SMALL, "--in-sample", "--json")
+    held_out = ("--text", "mixed:held-out", *SMALL, "--in-sample", "--json")
     assert last(run("evaluate", model_dir, "--method", "gsi", *held_out))["in_sample"] is False
     assert last(run("evaluate", model_dir, "--method", "svd", *same, "--json"))["in_sample"] is False
     run("convert", model_dir, "-o", tmp_path / "out", *SMALL[:2], *SMALL[4:6])
@@ -114,8 +114,10 @@ def test_budget_plans_and_the_plan_applies_again(run, model_dir, tmp_path, monke
     calibration = ("--context", "64", "--calibration-tokens", "640", "--stats", tmp_path / "stats")
     out = run("convert", model_dir, "-o", tmp_path / "a", "--budget", "bits=9", "--lm-head", *calibration, "--json")
     record = last(out)
-    assert record["predicted"]["bits"] <= 9 and record["measured"]["tokens"] == 8192
-    assert "within bits=9: predicted perplexity" in out and "int4" in out
+    texts = {"mixed:calibration", "written:held-out", "code:held-out", "pydoc:held-out"}
+    assert record["predicted"]["bits"] <= 9 and record["measured"].keys() == texts
+    assert all(found["bits"] <= 9 and found["scored"] == 2016 for found in record["measured"].values())
+    assert "within bits=9, linear layers" in out and "int4" in out and "code:held-out" in out
     plan = tmp_path / "a" / "plan.json"
     run("convert", model_dir, "-o", tmp_path / "b", "--plan", plan, "--lm-head", *calibration)
     a, b = (last(run("evaluate", tmp_path / name, *SMALL, "--json")) for name in "ab")

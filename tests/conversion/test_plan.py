@@ -11,9 +11,10 @@ from conftest import tiny_model, tokens
 
 from rankgate.common.copies import twin
 from rankgate.conversion import plan as planning
+from rankgate.conversion.budget import Budget, Measured
 from rankgate.conversion.calibration import Stats, calibrate
 from rankgate.conversion.convert import convert_
-from rankgate.conversion.plan import SETTINGS, Budget, Measured, Option, Planner, load_settings, predictions
+from rankgate.conversion.plan import SETTINGS, Option, Planner, load_settings, predictions
 from rankgate.conversion.timing import Timer
 from rankgate.core import GroupedLinear
 from rankgate.errors import RankgateError
@@ -31,7 +32,7 @@ def prepared(stats: Stats) -> Planner:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Timer, "_dense", lambda self, outputs, n: 1.0)
         patch.setattr(Timer, "_quantized", made_up)
-        return Planner(tiny_model("llama"), stats, tokens(8, 64, seed=2))
+        return Planner(tiny_model("llama"), stats, {"own": tokens(8, 64, seed=2), "other": tokens(4, 64, seed=3)})
 
 
 @pytest.fixture
@@ -80,15 +81,15 @@ def test_bits_budget_holds_in_stored_bytes_and_as_measured(planner: Planner) -> 
     read = sum(option.bytes for option in plan.chosen.values())
     weights = sum(option.bytes for option in plan.dense.values()) / 4
     assert 8 * read / weights <= 9.0
-    assert plan.measured.bits <= 9.0
+    assert max(found.bits for found in plan.measured.values()) <= 9.0
     assert plan.predicted["bits"] == pytest.approx(8 * read / weights)
 
 
 @pytest.mark.parametrize("budget", [Budget("ppl", 1.05), Budget("top1", 0.7)])
 def test_quality_budget_holds_at_its_upper_bound(planner: Planner, budget: Budget) -> None:
     plan = planner.plan(budget)
-    assert plan.measured is not None
-    assert plan.measured.excess(budget) <= 1
+    assert plan.measured.keys() == planner.windows.keys()
+    assert max(found.excess(budget) for found in plan.measured.values()) <= 1
     assert any(option.setting for option in plan.chosen.values())
 
 
@@ -104,7 +105,7 @@ def test_more_loss_allowed_is_never_slower(planner: Planner) -> None:
 def test_what_is_slower_stays_dense_and_says_so(stats: Stats, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Timer, "_dense", lambda self, outputs, n: 1e-9)
     monkeypatch.setattr(Timer, "_quantized", lambda self, m, n, setting: (1.0, 1.0))
-    plan = Planner(tiny_model("llama"), stats, tokens(4, 32, seed=2)).plan(Budget("ppl", 1.5))
+    plan = Planner(tiny_model("llama"), stats, {"own": tokens(4, 32, seed=2)}).plan(Budget("ppl", 1.5))
     assert all(option.setting is None for option in plan.chosen.values())
     plan.save(tmp_path / "plan.json")
     groups = json.loads((tmp_path / "plan.json").read_text())["groups"]
@@ -124,9 +125,10 @@ def test_saved_plan_applies_and_can_be_edited(planner: Planner, stats: Stats, tm
     assert method == plan.method()
     model = twin(planner.model)
     convert_(model, method, stats)
-    loss, _ = predictions(model, planner.windows)
-    assert plan.measured is not None
-    assert (loss - planner.reference[0]).mean().exp().item() == pytest.approx(plan.measured.ppl_ratio, rel=1e-5)
+    for kind, text in planner.windows.items():
+        loss, _ = predictions(model, text)
+        ratio = (loss - planner.reference[kind][0]).mean().exp().item()
+        assert ratio == pytest.approx(plan.measured[kind].ppl_ratio, rel=1e-5)
     edited = json.loads((tmp_path / "plan.json").read_text())
     first = next(iter(edited["groups"]))
     edited["groups"][first]["setting"] = None
@@ -162,7 +164,7 @@ def test_statistics_without_sensitivity_are_refused() -> None:
     model = tiny_model("llama")
     plain = calibrate(model, tokens(4, 32))
     with pytest.raises(RankgateError, match="sensitivit"):
-        Planner(model, plain, tokens(2, 32))
+        Planner(model, plain, {"own": tokens(2, 32)})
 
 
 def test_predicted_losses_fall_with_rank_bits_and_refinement(planner: Planner, stats: Stats) -> None:
@@ -176,7 +178,7 @@ def test_predicted_losses_fall_with_rank_bits_and_refinement(planner: Planner, s
 
 
 def test_excess_is_one_at_the_bound() -> None:
-    measured = Measured(ppl_ratio=1.0, top1=0.99, loss_error=0.01 / 1.645, top1_error=0.01 / 1.645, bits=5.0, tokens=10)
+    measured = Measured(ppl_ratio=1.0, top1=0.99, loss_error=0.01 / 1.645, top1_error=0.01 / 1.645, bits=5.0, scored=10)
     assert measured.excess(Budget("ppl", 1.0100502)) == pytest.approx(1, rel=1e-3)
     assert measured.excess(Budget("top1", 0.98)) == pytest.approx(1)
     assert measured.excess(Budget("bits", 5)) == 1
