@@ -32,7 +32,6 @@ import harness
 import memory
 import peers
 import render_api
-import second_model
 import serving
 import speed
 from frame import ROOT, Columns, Content, load, of_devices, shown, table
@@ -115,8 +114,6 @@ def results() -> Iterator[str]:
     yield controls.section(load("controls"))
     yield speed.plans(load("plans"))
     yield speed.section(load("speed"))
-    yield second_model.section(load("second_model/quality"))
-    yield second_model.speeds(load("second_model/speed"))
     yield peers.section()
     yield blocks.section(load("blocks"))
     yield foundation.section(load("foundation"))
