@@ -49,10 +49,10 @@ def test_layers_that_do_the_same_are_compiled_once(method):
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "num_hidden_layers": 4})).eval()
     if METHODS[method] is not None:
         convert_(model, METHODS[method], calibrated(model, sensitivity=METHODS[method].needs_sensitivity))
-    inputs, buffers = capture._example(model, [torch.Size([1, 2, 8, 8])] * 8, 1, 2)
+    inputs, *memory = capture._example(model, [torch.Size([1, 2, 8, 8])] * 8, 1, 2)
     options = {"use_cache": True, "position_ids": inputs[1], "return_dict": True}
     with torch.no_grad():
-        trace = capture._trace(model, options, inputs, buffers, 2)
+        trace = capture._trace(model, options, inputs, *memory, 2)
         expected = trace(*inputs)
         trace.graph.eliminate_dead_code()
         constants, parts = lift_constants(trace), []
