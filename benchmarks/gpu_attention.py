@@ -41,7 +41,7 @@ from rankgate.attention.strands import Heads, Strand
 from rankgate.conversion.groups import input_groups
 
 LENGTHS, MODEL_LENGTHS = (4096, 16384, 32768, 65536), (16384, 32768)
-KEYS, PLANNED, SINKS, WIDTH, HEADS = 0.4, 8192, 4, 128, 32
+KEYS, PLANNED, SINKS, WIDTH, HEADS = 0.4, 2048, 4, 128, 32
 REPRESENTATIVES, SPREAD = 0.3, 0.1  # share of keys, and how far those of a centre lie apart
 DRAWN = 96  # key heads that the plan is dealt out to
 REPEATS, FEW, MANY = 3, 16, 80
