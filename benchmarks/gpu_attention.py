@@ -37,7 +37,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from rankgate.attention.attend import AttentionConfig, TokenSelection, select_tokens_
 from rankgate.attention.prompt import attend_prompt
 from rankgate.attention.select import select_each, unit
-from rankgate.attention.strands import Heads, Strand
+from rankgate.attention.strands import Heads, Strand, strands_of
 from rankgate.conversion.groups import input_groups
 
 LENGTHS, MODEL_LENGTHS = (4096, 16384, 32768, 65536), (16384, 32768)
@@ -97,7 +97,7 @@ def prompts(name: str, tokens: int, representatives: bool) -> Row:
     strands: list[list[Strand]] = []
 
     def few() -> None:
-        strands[:] = [grouped(own) for own in by_layer]
+        strands[:] = [strands_of(own, SINKS) for own in by_layer]
         for layer in strands:
             attend_prompt(layer, q, k, v, None, None, WIDTH**-0.5)
 
@@ -118,14 +118,6 @@ def prompts(name: str, tokens: int, representatives: bool) -> Row:
     share = sum(strand.read for strand in every) / sum(strand.pairs for strand in every)
     what = {"what": "prompt", "shape": name, "tokens": tokens, "representatives": representatives}
     return {**what, "share": share, **ms}
-
-
-def grouped(heads: list[Heads]) -> list[Strand]:
-    """As `TokenSelection` groups them."""
-    alike: dict[Any, list[int]] = {}
-    for i, own in enumerate(heads):
-        alike.setdefault(own if own.tau is None else i, []).append(i)
-    return [Strand(group, heads[group[0]], SINKS) for group in alike.values()]
 
 
 def models_of(name: str, end: float) -> Iterator[Row]:

@@ -217,15 +217,18 @@ def figures(model: PreTrainedModel, ids: Tensor, loop: str) -> Row:
     result = {"ms": per_token(model, ids, loop), "peak_bytes": torch.cuda.max_memory_allocated()}
     if loop == "engine":
         result["graph_ms"] = 1e3 * replay(graph_of(model))
+    return result | read_of(model, text)
+
+
+def read_of(model: PreTrainedModel, text: Tensor) -> Row:
+    """Bytes that a token of a text reads behind the prompt, as modelled, and the share of gates it opens, if any."""
     with torch.inference_mode():
         read_again = rereader(model, text)
         with record_gates(model) as gates:
             read_again()
     reads = weight_reads(model, gates)
-    result["bytes"] = reads.converted + reads.other
-    if gates:
-        result["opened"] = statistics.fmean(log.rate for log in gates.values())
-    return result
+    opened = {"opened": statistics.fmean(log.rate for log in gates.values())} if gates else {}
+    return {"bytes": reads.converted + reads.other, **opened}
 
 
 def graph_of(model: PreTrainedModel) -> torch.cuda.CUDAGraph:

@@ -21,13 +21,11 @@ import frame
 import torch
 from frame import Columns, Content, Row
 from gpu import DEVICE, DTYPE, copy_ceiling, quantized
-from gpu_decode import Make, build, generate, graph_of, open_gates, prompt, replace, replay, rereader
+from gpu_decode import Make, build, generate, graph_of, open_gates, prompt, read_of, replace, replay
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig
 
-from rankgate.conversion.gates import record_gates
 from rankgate.conversion.groups import input_groups
-from rankgate.conversion.reads import weight_reads
 from rankgate.experts import Experts, experts_of, found_by_tables, unstack_, unstacked
 
 FEW, MANY, ROUNDS = 32, 96, 5
@@ -90,16 +88,10 @@ def figures(one: PreTrainedModel, ids: Tensor) -> Row:
     """Time of the graph alone, bytes that a token reads as modelled, and whether other experts are left alone."""
     result: Row = {"graph_ms": 1e3 * replay(graph_of(one))}
     text, apart = generate(one, ids, MANY, "engine"), unstacked(one)
-    with torch.inference_mode():
-        read_again = rereader(apart, text)
-        with record_gates(apart) as gates:
-            read_again()
-        reads = weight_reads(apart, gates)
-        result["bytes"] = reads.converted + reads.other
-        if apart is one:
+    result |= read_of(apart, text)
+    if apart is one:
+        with torch.inference_mode():
             result["others_unread"] = all(others_unread(experts) for experts in experts_of(one).values())
-    if gates:
-        result["opened"] = statistics.fmean(log.rate for log in gates.values())
     return result
 
 

@@ -33,7 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from rankgate.attention.cache import SelectiveCache
 from rankgate.attention.registry import plain_mask, refuse_beyond_plain
 from rankgate.attention.select import Rule, Selection, by_kernels, cascade, inherit, select, unit
-from rankgate.attention.strands import Heads, PaperStrand, Strand
+from rankgate.attention.strands import Heads, PaperStrand, Strand, strands_of
 from rankgate.errors import RankgateError
 
 NAME = "rankgate_tokens"  # in transformers' registry
@@ -212,11 +212,7 @@ class TokenSelection:
             return
         if len(config.heads[layer]) != heads:
             raise RankgateError(f"heads are given for {len(config.heads[layer])} key heads, layer {layer} has {heads}")
-        alike: dict[Any, list[int]] = {}  # representatives are each head's own
-        for i, own in enumerate(config.heads[layer]):
-            alike.setdefault(own if own.tau is None else i, []).append(i)
-        for group in alike.values():
-            yield Strand(group, config.heads[layer][group[0]], config.sinks)
+        yield from strands_of(config.heads[layer], config.sinks)
 
 
 def _narrow(k: Tensor, v: Tensor) -> bool:

@@ -72,9 +72,10 @@ class HeldRows:
         """Let go of what leaves the windows before query t, where these move; whether the buffers are others now."""
         before = self.rows
         for head, tau in enumerate(self.taus):
+            if tau is None:
+                continue
             window, first = self.rows[head, 4:].tolist()
-            left = range(max(first, horizon(t - 1, window)), max(first, horizon(t, window)))
-            if tau is not None and left:
+            if left := range(max(first, horizon(t - 1, window)), max(first, horizon(t, window))):
                 self._keep(head, tau, torch.tensor(left, device=self.rows.device))
         return self.rows is not before
 

@@ -82,12 +82,11 @@ def select_each(x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
     Which tokens are greedy representatives, and the representative of every token; both (texts × T).
     """
-    from rankgate.ops.gpu.select import TILE, greedy, nearest
+    from rankgate.ops.gpu.select import greedy, nearest
 
     chosen, found = greedy(x, 1 - tau.square())
-    every, before = torch.arange(x.shape[1], device=x.device), chosen.cumsum(1, dtype=torch.int32)
-    ends = torch.cat([before[:, TILE - 1 :: TILE], before[:, -1:]], 1)[:, : -(-x.shape[1] // TILE)].contiguous()
-    owner = nearest(x, every, found, ends)[1]
+    every = torch.arange(x.shape[1], device=x.device)
+    owner = nearest(x, every, found, chosen.cumsum(1))[1]
     return chosen, torch.where(chosen, every, owner)
 
 
@@ -169,13 +168,12 @@ def _nearest(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _nearest_by_kernel(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, int]:
-    from rankgate.ops.gpu.select import TILE, nearest
+    from rankgate.ops.gpu.select import nearest
 
     before = torch.searchsorted(columns, rows)
     if not len(rows) or not len(columns):
         return x.new_full((len(rows),), -1, dtype=torch.float32), rows, 0
-    ends = torch.cat([before[TILE - 1 :: TILE], before[-1:]])[: -(-len(rows) // TILE)].to(torch.int32)
-    likeness, owner = nearest(x[None], rows, columns.to(torch.int32)[None], ends[None])
+    likeness, owner = nearest(x[None], rows, columns.to(torch.int32)[None], before[None])
     return likeness[0], torch.where(likeness[0] > -1, owner[0].long(), rows), int(before.sum())
 
 

@@ -9,6 +9,7 @@ for good. So a prompt is read step by step, and decoding is a part of one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -201,3 +202,11 @@ class PaperStrand(Strand):
         y = self._read(q[:, chosen], scale).transpose(0, 1)
         self.outputs = torch.cat([self.outputs, y]) if self.outputs.numel() else y
         return self.outputs[torch.searchsorted(self.table[0], rows[2])].transpose(0, 1)
+
+
+def strands_of(heads: Sequence[Heads], sinks: int) -> list[Strand]:
+    """Strands of all key heads of a layer: heads that read alike together, but representatives are each head's own."""
+    alike: dict[Heads | int, list[int]] = {}
+    for i, own in enumerate(heads):
+        alike.setdefault(own if own.tau is None else i, []).append(i)
+    return [Strand(group, heads[group[0]], sinks) for group in alike.values()]

@@ -17,7 +17,7 @@ from rankgate.attention.cache import SelectiveCache
 from rankgate.attention.held import HeldRows
 from rankgate.decoding.begun import Begun
 from rankgate.decoding.capture import Capture
-from rankgate.decoding.steps import CAPACITY, Steps
+from rankgate.decoding.steps import Steps, room
 from rankgate.ops import attention
 
 
@@ -81,7 +81,7 @@ class HeldSteps(Steps):
 
     def _reserved(self, length: int) -> list[Tensor]:
         if length > self.capacity:
-            self.capacity = max(CAPACITY, 1 << (length - 1).bit_length())
+            self.capacity = room(length)
             self.steps.clear()
             for layer in self.held:
                 layer.reserve(self.capacity)

@@ -36,6 +36,11 @@ Shape = tuple[int, ...]  # of the tokens that a step reads: sequences × tokens
 log = logging.getLogger(__name__)
 
 
+def room(length: int) -> int:
+    """The capacity of a cache that grows by doubling, for so many tokens."""
+    return max(CAPACITY, 1 << (length - 1).bit_length())
+
+
 class GrowingLayer(CountedLayer):
     """Keys and values (sequences, heads, capacity, width) of one layer, of which the first `length` are filled."""
 
@@ -52,7 +57,7 @@ class GrowingLayer(CountedLayer):
         assert self.keys is not None and self.values is not None
         capacity = self.keys.shape[2]
         if length > capacity:
-            capacity = max(CAPACITY, 1 << (length - 1).bit_length())
+            capacity = room(length)
             self.keys, self.values = (self._moved(old, capacity) for old in (self.keys, self.values))
 
     def _moved(self, old: Tensor, capacity: int) -> Tensor:

@@ -174,14 +174,15 @@ def greedy(x: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.bool(), found
 
 
-def nearest(x: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, rows: Tensor, columns: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """The largest cosine of each row with an earlier column of its text (−1 if there is none), and that column.
 
     x: (B, T, d), of length 1. rows: (n,) ascending positions, the same in all texts. columns: (B, m) int32, ascending
-    positions. ends: (B, tiles of n) int32, how many columns may come before the last row of a tile.
+    positions. before: (B, n), ascending, how many columns at most come before a row.
     Returns two of (B, n).
     """
     (texts, tokens, width), count, tiles = x.shape, len(rows), triton.cdiv(len(rows), TILE)
+    ends = torch.cat([before[:, TILE - 1 :: TILE], before[:, -1:]], 1)[:, :tiles].to(torch.int32).contiguous()
     splits = max(1, min(triton.cdiv(columns.shape[1], TILE), PROGRAMS // (tiles * texts)))
     best = x.new_empty(splits, texts, count, dtype=torch.float32)
     place = torch.empty_like(best, dtype=torch.int32)
